@@ -1,0 +1,197 @@
+"""Alice: adaptive low-dimensional subspace estimation (Algorithm 4 of arXiv 2502.07752)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Context, MatrixOptimizer, check
+from .linalg import align_signs, subspace_iteration, thin_qr, top_eigenvectors
+from .low_rank import (
+    COMPENSATION,
+    SWITCHING,
+    draw_gaussian,
+    fira_compensation,
+    match_norm,
+    optimal_compensation,
+    switch,
+    unit_gaussian,
+)
+
+
+class Alice(MatrixOptimizer):
+    r"""Low-rank Eigen-Adam with tracking, switching and optimal compensation.
+
+    Each matrix W [m, n], m <= n (a taller one is transposed), is updated by
+
+    .. math:: W \leftarrow W - \lambda \alpha (U \omega + \alpha_c C).
+
+    The defaults are Algorithm 4 as printed, with the values of Table 11 for 60M parameters; neither moment is
+    bias-corrected. What the print leaves open is an option whose default says what we read.
+
+    Args:
+        params: tensors [m, n], ``(name, tensor)`` pairs, or groups such as :func:`optimizers.partition` returns.
+        lr: lambda.
+        betas: beta_1 of the first moment and of p, beta_2 of the second moment, beta_3 of the tracked Q~.
+        rank: r, at most the smaller side.
+        leading: l, the eigenvectors kept at a switch, at most r.
+        update_interval: K, steps between refreshes of the basis.
+        scale: alpha.
+        compensation_scale: alpha_c.
+        limiter: gamma, the most that the norm of C may grow in a step; None for no limit.
+        eps: added to the square roots of v and of p (the paper prints none).
+        weight_decay: decoupled, multiplied by lr.
+        tracking: keep Q~ (Eq. 17); False is Alice-0, the same algorithm with beta_3 = 0.
+        switching: "complement" (Algorithm 2), "none" (U = EVD(Q, r)), or the rivals of Figure 5b, "full_basis",
+            "gaussian_mix", "gaussian".
+        compensation: "optimal" (Algorithm 3), "none", or the rivals of Figure 5c, "fira", "fira_plus".
+        initial_basis: what the first refresh starts from. "evd": the singular vectors of the first gradient, as
+            the text of section 5 means; "gaussian": a random orthonormal U_0; "zeros": U_0 = 0 as printed, which
+            makes the first basis the first r unit vectors.
+        tracking_basis: at a refresh "printed" keeps the numbers of Q~, although they belong to the old basis;
+            "rotated" expresses it in the new one.
+        update_times: "printed", t = 1, K, 2K, ...; "zero_based", t = 1, K + 1, 2K + 1, ... as GaLore's code.
+        fix_signs: choose the signs of a new basis by those of the old one (see ``linalg.align_signs``).
+        state_dtype: dtype of U, m and v; None for the parameter's, as in the paper. Q~, p and phi are float32.
+        seed: of the random switching.
+
+    Raises:
+        ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
+    """
+
+    full_precision = frozenset({"Q", "p", "phi"})
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        *,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
+        rank: int = 128,
+        leading: int = 40,
+        update_interval: int = 200,
+        scale: float = 0.3,
+        compensation_scale: float = 0.4,
+        limiter: float | None = 1.01,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        tracking: bool = True,
+        switching: str = "complement",
+        compensation: str = "optimal",
+        initial_basis: str = "evd",
+        tracking_basis: str = "printed",
+        update_times: str = "printed",
+        fix_signs: bool = True,
+        state_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=tuple(betas),
+                rank=rank,
+                leading=leading,
+                update_interval=update_interval,
+                scale=scale,
+                compensation_scale=compensation_scale,
+                limiter=limiter,
+                eps=eps,
+                weight_decay=weight_decay,
+                tracking=tracking,
+                switching=switching,
+                compensation=compensation,
+                initial_basis=initial_basis,
+                tracking_basis=tracking_basis,
+                update_times=update_times,
+                fix_signs=fix_signs,
+                state_dtype=state_dtype,
+                seed=seed,
+            ),
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check(group, "betas", lambda b: len(b) == 3 and all(0 <= x < 1 for x in b), "three numbers in [0, 1)")
+        check(group, "rank", lambda r: r >= 1, "at least 1")
+        check(group, "leading", lambda l: 0 <= l <= group["rank"], f"between 0 and rank = {group['rank']}")
+        check(group, "compensation_scale", lambda a: a >= 0, "at least 0")
+        check(group, "switching", SWITCHING)
+        check(group, "compensation", COMPENSATION)
+        check(group, "initial_basis", ("evd", "gaussian", "zeros"))
+        check(group, "tracking_basis", ("printed", "rotated"))
+
+    def check_matrix(self, name: str, shape: tuple[int, int], group: dict[str, Any]) -> None:
+        if group["rank"] > min(shape):
+            raise ValueError(
+                f"rank {group['rank']} is larger than the smaller side of {name} {list(shape)}; "
+                f"set rank to at most {min(shape)}, or give this tensor to Adam"
+            )
+
+    def init_state(self, shape: tuple[int, int], group: dict[str, Any]) -> dict[str, Tensor]:
+        (m, n), r = shape, group["rank"]
+        state = {"U": torch.zeros(m, r), "m": torch.zeros(r, n), "v": torch.zeros(r, n)}
+        if group["tracking"]:
+            state["Q"] = torch.zeros(r, r)
+        if group["compensation"] == "optimal":
+            state["p"] = torch.zeros(n)
+        if group["compensation"] != "none":
+            state["phi"] = torch.zeros(())
+        return state
+
+    def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
+        """Lines 5 to 7 of Algorithm 4: the reconstructed covariance Q and the new basis U."""
+        m, r = state["U"].shape[-2:]
+        U_prev, beta3 = state["U"], group["betas"][2] if group["tracking"] else 0.0
+        # With r = m nothing is left to switch to (spec A12).
+        switching = "none" if r == m and group["switching"] in ("complement", "full_basis") else group["switching"]
+        if ctx.step == 1 and group["initial_basis"] == "gaussian" and switching != "none":
+            U_prev = thin_qr(draw_gaussian(m, r, ctx.generators).to(G))
+
+        def Q(X: Tensor) -> Tensor:
+            """beta_3 U Q~ U^T X + (1 - beta_3) G G^T X, in O(mnr): Q itself is m x m."""
+            QX = (1 - beta3) * (G @ (G.mT @ X))
+            return QX + beta3 * (U_prev @ (state["Q"] @ (U_prev.mT @ X))) if beta3 else QX
+
+        if switching == "none":
+            U = top_eigenvectors(Q(torch.eye(m, dtype=G.dtype, device=G.device).expand(len(G), m, m)), r)
+        elif switching == "gaussian":
+            U = unit_gaussian(m, r, ctx.generators).to(G)
+        else:
+            first = ctx.step == 1 and group["initial_basis"] == "evd"
+            ritz = top_eigenvectors(G @ G.mT, r) if first else subspace_iteration(Q, U_prev)
+            U = switch(ritz, group["leading"], switching, ctx.generators)
+
+        if group["fix_signs"] and ctx.step > 1:
+            U = align_signs(U, U_prev)
+        if group["tracking"] and group["tracking_basis"] == "rotated":
+            R = U.mT @ U_prev
+            state["Q"] = R @ state["Q"] @ R.mT
+        state["U"] = U
+
+    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+        """Lines 11 to 17 of Algorithm 4."""
+        beta1, beta2, beta3 = group["betas"]
+        eps = group["eps"]
+        U = state["U"]
+
+        sigma = U.mT @ G
+        if group["tracking"]:
+            state["Q"] = beta3 * state["Q"] + (1 - beta3) * sigma @ sigma.mT
+        m = state["m"].mul_(beta1).add_(sigma, alpha=1 - beta1)
+        v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)
+        omega = m / (v.sqrt() + eps)
+
+        low_rank = U @ omega
+        compensation = "none" if U.shape[-1] == U.shape[-2] else group["compensation"]
+        if compensation == "none":
+            return low_rank
+        if compensation == "optimal":
+            C, state["p"], state["phi"] = optimal_compensation(
+                G, U, sigma, state["p"], state["phi"], beta1, group["limiter"], eps
+            )
+            return low_rank + group["compensation_scale"] * C
+        S, state["phi"] = fira_compensation(G, U, sigma, omega, state["phi"], group["limiter"], eps)
+        if compensation == "fira":
+            return low_rank + S
+        return low_rank + group["compensation_scale"] * match_norm(S, low_rank)

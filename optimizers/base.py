@@ -1,0 +1,349 @@
+"""MatrixOptimizer: everything around the mathematics of an optimizer for weight matrices.
+
+An algorithm is three small functions on a batch of same-shape gradients: ``init_state``, ``refresh`` and
+``direction``. Grouping, orientation, precision, Adam for the other parameters, weight decay, state dicts and
+random numbers live here, once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as functional_adam
+
+# What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
+ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
+
+# Matrices that share a shape are stacked up to this many entries (256 MiB in float32), which bounds the memory
+# of a step; on the CPU one matrix at a time is fastest, since its products are large enough by themselves.
+CHUNK_ENTRIES = 2**26
+
+
+@dataclass(frozen=True)
+class Context:
+    """What few methods need beside the gradient.
+
+    Attributes:
+        step: t, counted from 1, for each parameter by itself.
+        names: of the parameters in the batch (their positions, where they were given without names).
+        transposed: the batch is turned, m <= n; the stored tensors are taller than wide.
+        W: [B, m, n], the weights, for classes with ``uses_weights``.
+        seed: the group's.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    transposed: bool
+    seed: int = 0
+    W: Tensor | None = None
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One CPU generator for each matrix, made anew from (seed, name, step).
+
+        So draws are the same on every rank and device, whatever the batching, and after a resume.
+        """
+        return [self._generator(name) for name in self.names]
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}/{name}/{self.step}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def check(group: dict[str, Any], key: str, valid: Callable[[Any], bool] | tuple[str, ...], what: str = "") -> None:
+    """Raise a ValueError that says what to do, unless ``group[key]`` is valid (or one of the choices)."""
+    value = group[key]
+    if isinstance(valid, tuple):
+        fine, what = value in valid, "one of " + ", ".join(valid)
+    else:
+        fine = valid(value)
+    if not fine:
+        raise ValueError(f"{key} = {value!r} is out of range; set it to {what}")
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers of this package.
+
+    A parameter group with ``adam=True`` is updated by torch's functional Adam, with the group's own ``lr``,
+    ``betas``, ``eps``; every other group holds matrices for the method. One object, one scheduler and one state
+    dict so serve the whole model.
+
+    Subclasses say:
+        orient: False if the method treats rows and columns of a tall matrix as they are stored.
+        uses_weights: True if ``ctx.W`` is wanted.
+        full_precision: names of states that are always float32 (float64 for float64 parameters); the others have
+            ``group["state_dtype"]``, None meaning the parameter's.
+    """
+
+    orient = True
+    uses_weights = False
+    full_precision: frozenset[str] = frozenset()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+
+    # What an algorithm provides -----------------------------------------------------------------------------------
+
+    def init_state(self, shape: tuple[int, int], group: dict[str, Any]) -> dict[str, Tensor]:
+        """The named state tensors of one oriented matrix [m, n], at their initial values."""
+        raise NotImplementedError
+
+    def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
+        """What happens at update times only, before ``direction``. Changes ``state``."""
+
+    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+        """The update direction [B, m, n], before learning rate, scale and weight decay. Changes ``state``.
+
+        Args:
+            G: [B, m, n], m <= n if ``orient``, in float32 (float64 for float64 parameters). Not to be changed.
+            state: name -> [B, ...] in the same dtype; entries may be changed in place or replaced.
+            group: the parameter group.
+            ctx: see :class:`Context`.
+        """
+        raise NotImplementedError
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a hyper-parameter that is out of range."""
+        check(group, "lr", lambda x: x >= 0, "a number that is not negative")
+        check(group, "weight_decay", lambda x: x >= 0, "a number that is not negative")
+        if "scale" in group:
+            check(group, "scale", lambda x: x >= 0, "a number that is not negative")
+        if group.get("limiter") is not None:
+            check(group, "limiter", lambda x: x >= 1, "at least 1, or None")
+        if "eps" in group:
+            check(group, "eps", lambda x: x >= 0, "a number that is not negative")
+        if "update_interval" in group:
+            check(group, "update_interval", lambda k: k >= 1, "at least 1 step")
+            check(group, "update_times", ("printed", "zero_based"))
+
+    def check_matrix(self, name: str, shape: tuple[int, int], group: dict[str, Any]) -> None:
+        """Raise ValueError for a matrix that the method cannot serve."""
+
+    # Groups ---------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = dict(param_group)  # torch writes defaults into what it is given; two optimizers may share groups
+        if group.get("adam"):
+            if group.get("lr") is None:
+                group["lr"] = self.defaults["lr"]
+            super().add_param_group({**ADAM_GROUP, **group})
+            added = self.param_groups[-1]
+            for key in self.defaults.keys() - group.keys() - ADAM_GROUP.keys():
+                del added[key]
+            check(added, "lr", lambda x: x >= 0, "a number that is not negative")
+        else:
+            super().add_param_group({"adam": False, **group})
+            added = self.param_groups[-1]
+            self._check_matrices(added)
+        if isinstance(added.get("state_dtype"), torch.dtype):  # as text, it can be saved anywhere
+            added["state_dtype"] = str(added["state_dtype"]).removeprefix("torch.")
+
+    def _check_matrices(self, group: dict[str, Any]) -> None:
+        self.check_group(group)
+        for name, p in zip(self._names(group), group["params"], strict=True):
+            if p.ndim != 2:
+                raise ValueError(
+                    f"{name} has shape {list(p.shape)}, and {type(self).__name__} updates matrices only; "
+                    "put it in a group with adam=True, as optimizers.partition does"
+                )
+            if not p.is_floating_point():
+                raise ValueError(f"{name} has dtype {p.dtype}; freeze it or convert it to a floating-point dtype")
+            self.check_matrix(name, self._oriented(p), group)
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        """Parameter names, or positions in the whole optimizer where there are none."""
+        if "param_names" in group:
+            return group["param_names"]
+        first = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            first += len(other["params"])
+        return [f"parameter {first + i}" for i in range(len(group["params"]))]
+
+    def _oriented(self, p: Tensor) -> tuple[int, int]:
+        rows, columns = p.shape
+        return (columns, rows) if self.orient and rows > columns else (rows, columns)
+
+    # The step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_rehearsal():
+            return loss
+        for group in self.param_groups:
+            if group["adam"]:
+                self._adam_step(group)
+            else:
+                for params, ctx in self._batches(group):
+                    self._matrix_step(params, group, ctx)
+        return loss
+
+    def _is_rehearsal(self) -> bool:
+        """torch.distributed.checkpoint makes states by a step with rate 0 and zero gradients: it must count for none.
+
+        Otherwise it would be step 1, whose gradient decides the first basis. The host looks at the gradients
+        only while there is no state and every rate is 0.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params or any(p.grad.any() for p, _ in params):
+            return False
+        for p, group in params:
+            self._init(p, group)
+        return True
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[list[Tensor], Context]]:
+        """Parameters that can be updated by the same tensor operations, with their step advanced."""
+        batches: dict[tuple, tuple[list[Tensor], list[str]]] = {}
+        for name, p in zip(self._names(group), group["params"], strict=True):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise ValueError(f"the gradient of {name} is sparse; make it dense, or give this tensor to Adam")
+            if not self.state[p]:
+                self._init(p, group)
+            self.state[p]["step"] += 1
+            key = (p.shape, p.dtype, p.device, self.state[p]["step"], name if p.device.type == "cpu" else None)
+            params, names = batches.setdefault(key, ([], []))
+            params.append(p)
+            names.append(name)
+        for (shape, _, _, step, _), (params, names) in batches.items():
+            per_chunk = max(1, CHUNK_ENTRIES // shape.numel())
+            transposed = self._oriented(params[0]) != tuple(shape)
+            for i in range(0, len(params), per_chunk):
+                chunk = slice(i, i + per_chunk)
+                yield params[chunk], Context(step, tuple(names[chunk]), transposed, group.get("seed", 0))
+
+    def _matrix_step(self, params: list[Tensor], group: dict[str, Any], ctx: Context) -> None:
+        compute = compute_dtype(params[0])
+        turn = (lambda X: X.mT) if ctx.transposed else (lambda X: X)
+
+        G = stack([turn(p.grad) for p in params], compute)
+        if self.uses_weights:
+            ctx = Context(ctx.step, ctx.names, ctx.transposed, ctx.seed, stack([turn(p) for p in params], compute))
+
+        if "update_interval" in group and is_update_time(ctx.step, group["update_interval"], group["update_times"]):
+            state = self._gather(params, compute)
+            self.refresh(G, state, group, ctx)
+            self._scatter(params, state)  # a basis kept in bfloat16 is rounded before its first use, as after a resume
+
+        state = self._gather(params, compute)
+        D = self.direction(G, state, group, ctx)
+        self._scatter(params, state)
+
+        lr, scale, weight_decay = group["lr"], group.get("scale", 1.0), group["weight_decay"]
+        for p, d in zip(params, turn(D).unbind(0), strict=True):
+            update = d * (lr * scale)
+            if weight_decay:
+                update += lr * weight_decay * p
+            p.sub_(update)  # computed in float32 and rounded once, also for bfloat16 parameters
+
+    def _init(self, p: Tensor, group: dict[str, Any]) -> None:
+        self.state[p].update(self.new_state(p, group))
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of one parameter at step 0, on its device. On the meta device: shapes and dtypes, no memory."""
+        low = getattr(torch, group["state_dtype"]) if group.get("state_dtype") else p.dtype
+        if group["adam"]:
+            state: dict[str, Any] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, dtype=low, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, dtype=low, memory_format=torch.preserve_format),
+            }
+            return state
+        with torch.device(p.device):
+            state = {
+                name: value.to(compute_dtype(p) if name in self.full_precision else low)
+                for name, value in self.init_state(self._oriented(p), group).items()
+            }
+        return {"step": 0, **state}
+
+    def _gather(self, params: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        names = [name for name in self.state[params[0]] if name != "step"]
+        return {name: stack([self.state[p][name] for p in params], dtype) for name in names}
+
+    def _scatter(self, params: list[Tensor], state: dict[str, Tensor]) -> None:
+        for name, batch in state.items():
+            for p, value in zip(params, batch.unbind(0), strict=True):
+                stored = self.state[p][name]
+                if stored.data_ptr() != value.data_ptr():  # a lone matrix is gathered as a view
+                    stored.copy_(value)
+
+    def _adam_step(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self._init(p, group)
+        beta1, beta2 = group["betas"]
+        # One call for each kind of parameter: the kernels want lists of one dtype.
+        for dtype in {p.dtype: None for p in params}:
+            some = [p for p in params if p.dtype == dtype]
+            states = [self.state[p] for p in some]
+            # Moments that are wider than the parameter: torch's kernels want one dtype, so update a wide copy.
+            wide = states[0]["exp_avg"].dtype
+            weights = [p.to(wide) for p in some]
+            functional_adam(
+                weights,
+                [p.grad.to(wide) for p in some],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [],
+                [s["step"] for s in states],
+                fused=all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in some),
+                decoupled_weight_decay=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            if wide != dtype:
+                for p, w in zip(some, weights, strict=True):
+                    p.copy_(w)
+
+    # State dicts ----------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Undo what ``load_state_dict`` of torch does to states: it casts each to its parameter's dtype.
+
+    In bfloat16 a float32 average loses 16 bits, an index its meaning and a counter 1001 becomes 1000, so that a
+    resumed run differs from one that went on. The cast hook cannot be overridden with effect; this copies again.
+    """
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(saved, params, strict=True):
+        for name, value in state_dict["state"].get(i, {}).items():
+            if isinstance(value, Tensor):
+                device = p.device if optimizer.state[p][name].device == p.device else value.device
+                optimizer.state[p][name] = value.detach().to(device, copy=True)
+
+
+def is_update_time(t: int, interval: int, rule: str) -> bool:
+    """Is step ``t`` (from 1) one of 1, K, 2K, ... ("printed") or of 1, K + 1, 2K + 1, ... ("zero_based")?"""
+    return t == 1 or t % interval == 0 if rule == "printed" else (t - 1) % interval == 0
+
+
+def compute_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """[B, ...] in ``dtype``; a view of the tensor itself where there is one and its dtype is right."""
+    return tensors[0].to(dtype).unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors).to(dtype)

@@ -1,0 +1,126 @@
+"""Which parameter goes to the matrix optimizer and which to Adam, for any model."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OUTPUT = re.compile(r"^(?:\w+\.)?(?:lm_head|embed_out|output_projection|unembed\w*|output|score|classifier)\.weight$")
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")
+
+
+def partition(
+    model: nn.Module,
+    last_layer: str = "adam",
+    adam_lr: float | Tensor | None = None,
+    adam_betas: tuple[float, float] = (0.9, 0.999),
+    adam_eps: float = 1e-8,
+    *,
+    matrices: Sequence[str] = (),
+    adam: Sequence[str] = (),
+    adam_weight_decay: float = 0.0,
+    adam_state_dtype: torch.dtype | str | None = None,
+    verbose: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups: the matrices inside the network, and everything else for Adam.
+
+    As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters but
+    embeddings and the output layer; those, norms and biases go to Adam. Frozen parameters are left out, shared
+    ones appear once (an output layer that shares the embedding's weight is an embedding).
+
+    Args:
+        model: any module; wrappers (DDP, torch.compile) are looked through.
+        last_layer: "adam" (the paper's starred columns) or "candidate", for the output layer.
+        adam_lr: rate of the Adam group; None for the matrices' rate, as in the code base that the paper used.
+        adam_betas, adam_eps, adam_weight_decay, adam_state_dtype: of the Adam group.
+        matrices: regular expressions; if there are any, only names that match one are matrices.
+        adam: regular expressions of names that go to Adam whatever they are.
+        verbose: print what went where (on the first rank only).
+
+    Returns:
+        Groups for any optimizer of this package, with names; the second has ``adam=True``.
+
+    Raises:
+        ValueError: a pattern that matches nothing, no matrix at all, a shared output layer asked for as candidate.
+    """
+    if last_layer not in ("adam", "candidate"):
+        raise ValueError(f"last_layer = {last_layer!r} is unknown; set it to adam or candidate")
+    # remove_duplicate: a shared weight comes once, under its first name
+    parameters = {_WRAPPER.sub("", name): p for name, p in model.named_parameters() if p.requires_grad}
+    embeddings = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__
+        for p in module.parameters(recurse=False)
+    }
+    output = _output_layer(model, parameters)
+    if last_layer == "candidate" and output is not None and id(output) in embeddings:
+        raise ValueError("the output layer shares its weight with the embedding; set last_layer to adam")
+
+    for pattern in (*matrices, *adam):
+        if not any(re.search(pattern, name) for name in parameters):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no trainable parameter; the names are like "
+                + ", ".join(list(parameters)[:3])
+            )
+
+    def is_matrix(name: str, p: Tensor) -> bool:
+        if p.ndim != 2 or any(re.search(pattern, name) for pattern in adam):
+            return False
+        if matrices:
+            return any(re.search(pattern, name) for pattern in matrices)
+        return id(p) not in embeddings and (p is not output or last_layer == "candidate")
+
+    candidate = [(name, p) for name, p in parameters.items() if is_matrix(name, p)]
+    others = [(name, p) for name, p in parameters.items() if not is_matrix(name, p)]
+    if not candidate:
+        raise ValueError("the model has no trainable matrix outside embeddings and output layer; use Adam alone")
+    groups: list[dict[str, Any]] = [{"params": candidate, "adam": False}]
+    if others:
+        groups.append(
+            {
+                "params": others,
+                "adam": True,
+                "lr": adam_lr,
+                "betas": tuple(adam_betas),
+                "eps": adam_eps,
+                "weight_decay": adam_weight_decay,
+                "state_dtype": adam_state_dtype,
+            }
+        )
+    if verbose and os.environ.get("RANK", "0") == "0":
+        print(describe(groups))
+    return groups
+
+
+def describe(groups: list[dict[str, Any]]) -> str:
+    """Two lines: what the matrix method gets, by shape, and what Adam gets, by name."""
+    lines = []
+    for group in groups:
+        named = list(group["params"])
+        if named and isinstance(named[0], Tensor):
+            named = list(zip(group.get("param_names", [""] * len(named)), named, strict=True))
+        total = sum(p.numel() for _, p in named)
+        if group.get("adam"):
+            kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name, _ in named)
+            what = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in kinds.items())
+            lines.append(f"Adam:   {len(named):4d} tensors,  {total:13,} parameters ({what})")
+        else:
+            shapes = Counter("x".join(map(str, p.shape)) for _, p in named)
+            what = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
+            lines.append(f"matrix: {len(named):4d} matrices, {total:13,} parameters ({what})")
+    return "\n".join(lines)
+
+
+def _output_layer(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor | None:
+    """The weight of the layer that makes logits: what the model says, else what its name says."""
+    for module in model.modules():  # a wrapper has no such method, the model inside it has
+        if hasattr(module, "get_output_embeddings"):
+            layer = module.get_output_embeddings()
+            if layer is not None:
+                return getattr(layer, "weight", None)
+    return next((p for name, p in parameters.items() if _OUTPUT.match(name)), None)

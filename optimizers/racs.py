@@ -1,0 +1,104 @@
+"""RACS: row and column scaled SGD (Algorithm 1 of arXiv 2502.07752)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Context, MatrixOptimizer, check
+from .limiter import limit_growth
+
+
+class RACS(MatrixOptimizer):
+    r"""The update of the structure S (x) Q, both diagonal: one scale for each column and one for each row.
+
+    Each matrix W [m, n], m <= n (a taller one is transposed), is updated by
+
+    .. math:: W \leftarrow W - \lambda \eta \alpha\, \mathrm{Diag}(q)^{-1/2} G\, \mathrm{Diag}(s)^{-1/2}.
+
+    State: s [n], q [m] and phi, m + n + 1 numbers. There is no first moment and no bias correction: the first
+    steps are up to 1 / (1 - beta) times too large, which warm-up has to cover.
+
+    Args:
+        params: tensors [m, n], ``(name, tensor)`` pairs, or groups such as :func:`optimizers.partition` returns.
+        lr: lambda.
+        beta: of the averages of s and q; 0 is "RACS w/o EMA".
+        scale: alpha.
+        limiter: gamma, the most that the norm of the update may grow in a step; None for no limit.
+        iterations: of the fixed point (Eq. 16), each of them one update of s and one of q.
+        eps: the least value of s and q (the paper prints none; s scales as the square of the gradient).
+        weight_decay: decoupled, multiplied by lr.
+
+    Raises:
+        ValueError: an option out of its range, or a tensor that is not a matrix.
+    """
+
+    full_precision = frozenset({"s", "q", "phi"})
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        *,
+        beta: float = 0.9,
+        scale: float = 0.05,
+        limiter: float | None = 1.01,
+        iterations: int = 5,
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                beta=beta,
+                scale=scale,
+                limiter=limiter,
+                iterations=iterations,
+                eps=eps,
+                weight_decay=weight_decay,
+            ),
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check(group, "beta", lambda b: 0 <= b < 1, "in [0, 1)")
+        check(group, "iterations", lambda i: i >= 1, "at least 1")
+
+    def init_state(self, shape: tuple[int, int], group: dict[str, Any]) -> dict[str, Tensor]:
+        m, n = shape
+        return {"s": torch.zeros(n), "q": torch.zeros(m), "phi": torch.zeros(())}
+
+    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+        """Lines 3 to 10 of Algorithm 1."""
+        beta, eps = group["beta"], group["eps"]
+
+        s, q = fixed_point(G, group["iterations"], eps)
+        s = state["s"].mul_(beta).add_(s, alpha=1 - beta)
+        q = state["q"].mul_(beta).add_(q, alpha=1 - beta)
+
+        G_tilde = G * q.clamp_min(eps).rsqrt().unsqueeze(-1) * s.clamp_min(eps).rsqrt().unsqueeze(-2)
+        update, state["phi"] = limit_growth(G_tilde, state["phi"], group["limiter"])
+        return update
+
+
+def fixed_point(G: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Eq. 16 from q = 1: power iteration to the principal singular vectors of the squared gradient.
+
+    Args:
+        G: [B, m, n].
+        iterations: how many pairs of updates, s first.
+        eps: the least value of a denominator.
+
+    Returns:
+        s [B, n] and q [B, m]; q s^T is the least-squares fit of q to G^2 for that s. c G has c^2 s and q.
+    """
+    # ||s||^2 is of the fourth order in G: unscaled, gradients below 1e-10 would leave float32.
+    largest = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
+    P = (G / largest).square()
+    q = torch.ones_like(P[..., :1])
+    for _ in range(iterations):
+        # products in row form: on the CPU, P.mT @ q reads P by columns and takes nine times as long
+        s = q.mT @ P / q.square().sum(-2, keepdim=True).clamp_min(eps)
+        q = P @ s.mT / s.square().sum(-1, keepdim=True).clamp_min(eps)
+    return (s * largest.square()).squeeze(-2), q.squeeze(-1)

@@ -17,8 +17,10 @@ from torch.optim.adam import adam as functional_adam
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
 
-# Matrices that share a shape are stacked up to this many entries (256 MiB in float32), which bounds the memory
-# of a step; on the CPU one matrix at a time is fastest, since its products are large enough by themselves.
+# Where matrices of one shape are stacked and updated together. On the CPU one at a time is fastest: its products
+# are large enough by themselves, and stacking costs copies.
+BATCHED_DEVICES = {"cuda", "xpu"}
+# Stacks have at most so many entries (256 MiB in float32), which bounds the extra memory of a step.
 CHUNK_ENTRIES = 2**26
 
 
@@ -213,7 +215,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not self.state[p]:
                 self._init(p, group)
             self.state[p]["step"] += 1
-            key = (p.shape, p.dtype, p.device, self.state[p]["step"], name if p.device.type == "cpu" else None)
+            alone = p.device.type not in BATCHED_DEVICES
+            key = (p.shape, p.dtype, p.device, self.state[p]["step"], name if alone else None)
             params, names = batches.setdefault(key, ([], []))
             params.append(p)
             names.append(name)

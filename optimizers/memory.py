@@ -9,17 +9,17 @@ from .base import MatrixOptimizer
 from .combined import Combined
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the states take once every parameter has been updated; nothing is allocated.
+def state_bytes(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Bytes that the states of each parameter group take once every parameter has been updated.
 
-    A meta-device model will do. Counters kept as Python numbers count nothing.
+    Nothing is allocated, and a meta-device model will do. Counters kept as Python numbers count nothing.
 
     Raises:
         ValueError: an optimizer class that this function does not know.
     """
     if isinstance(optimizer, Combined):
-        return sum(state_bytes(part) for part in optimizer.optimizers)
-    return sum(_bytes(optimizer, p, group) for group in optimizer.param_groups for p in group["params"])
+        return [size for part in optimizer.optimizers for size in state_bytes(part)]
+    return [sum(_bytes(optimizer, p, group) for p in group["params"]) for group in optimizer.param_groups]
 
 
 def _bytes(optimizer: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> int:

@@ -1,0 +1,400 @@
+"""The contract that every optimizer of the package keeps, whatever its algorithm."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import RACS, Alice, Combined, create, partition
+from optimizers import base as base_module
+from optimizers.memory import measured_state_bytes, state_bytes
+
+SMALL = {"rank": 4, "leading": 2, "update_interval": 3}
+METHODS = {
+    "alice": SMALL,
+    "alice_0": SMALL,
+    "racs": {},
+    "muon": {},
+    "adam": {},
+}
+OURS = ["alice", "alice_0", "racs"]
+VARIANTS = [
+    {"switching": switching, "compensation": compensation}
+    for switching in ("none", "complement", "full_basis", "gaussian_mix", "gaussian")
+    for compensation in ("none", "optimal", "fira", "fira_plus")
+]
+
+
+def network(dtype=torch.float32, seed=0):
+    """Matrices wide, tall and square, two of a shape, and biases."""
+    torch.manual_seed(seed)
+    sizes = [(6, 12), (12, 8), (8, 8), (8, 8), (8, 5)]
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in sizes)).to(dtype)
+
+
+def train(model, optimizer, steps, start=0):
+    """Deterministic gradients that depend on the weights: a difference in one step grows into the next."""
+    p0 = next(model.parameters())
+    for k in range(start, start + steps):
+        generator = torch.Generator().manual_seed(k)
+        x = torch.randn(16, 6, generator=generator).to(p0.dtype)
+        optimizer.zero_grad()
+        model(x).tanh().square().sum().backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad += 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_descends_in_every_dtype(name, dtype):
+    """On a quadratic of full rank the distance to the minimum falls, with all shapes at once."""
+    torch.manual_seed(0)
+    shapes = [(6, 12), (12, 6), (8, 8), (8, 8)]
+    targets = [torch.randn(s, dtype=dtype) for s in shapes]
+    model = nn.ParameterList([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes])
+    options = {"racs": {"lr": 0.2}, "muon": {"lr": 0.05}, "adam": {"lr": 0.05}}.get(name, {"lr": 0.1})
+    optimizer = create(name, model, verbose=False, **{**METHODS[name], **options})
+
+    def distance():
+        return sum((p - t).float().square().sum().item() for p, t in zip(model, targets, strict=True))
+
+    before = distance()
+    for _ in range(60):
+        optimizer.zero_grad()
+        sum((p - t).square().sum() for p, t in zip(model, targets, strict=True)).backward()
+        optimizer.step()
+    assert distance() < 0.3 * before
+    assert all(p.dtype == dtype for p in model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrap", ["plain", "file", "accelerate"])
+@pytest.mark.parametrize("name", METHODS)
+def test_state_dict_continues_bit_identically(name, dtype, wrap):
+    model = network(dtype)
+    optimizer = create(name, model, verbose=False, **METHODS[name])
+    train(model, optimizer, 4)
+    saved_model, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 6, start=4)
+
+    other = network(dtype, seed=1)
+    resumed = create(name, other, verbose=False, **METHODS[name])
+    other.load_state_dict(saved_model)
+    if wrap == "file":
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=True)
+    if wrap == "accelerate":
+        from accelerate import Accelerator
+
+        resumed = Accelerator(cpu=True).prepare_optimizer(resumed)
+    resumed.load_state_dict(saved)
+    train(other, resumed, 6, start=4)
+    assert same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o.values()))
+def test_every_variant_resumes_bit_identically(options):
+    model = network(torch.bfloat16)
+    optimizer = create("alice", model, verbose=False, **SMALL, **options)
+    train(model, optimizer, 4)
+    saved_model, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 5, start=4)
+    other = network(torch.bfloat16, seed=1)
+    resumed = create("alice", other, verbose=False, **SMALL, **options)
+    other.load_state_dict(saved_model)
+    resumed.load_state_dict(saved)
+    train(other, resumed, 5, start=4)
+    assert same(weights(model), weights(other))
+
+
+def test_loading_keeps_the_dtype_of_every_state():
+    """torch casts states to the parameter's dtype; in bfloat16 that would round Q, p and phi."""
+    model = network(torch.bfloat16)
+    optimizer = create("alice", model, verbose=False, **SMALL, state_dtype="float32")
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for values in saved["state"].values():
+        values["step"] = torch.tensor(1001.0) if isinstance(values["step"], torch.Tensor) else 1001
+    optimizer.load_state_dict(saved)
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for key, value in saved["state"][i].items():
+            loaded = optimizer.state[p][key]
+            assert torch.equal(torch.as_tensor(loaded), torch.as_tensor(value))
+            assert getattr(loaded, "dtype", None) == getattr(value, "dtype", None)
+
+
+def test_full_precision_states_in_a_bfloat16_model():
+    model = network(torch.bfloat16)
+    optimizer = create("alice", model, verbose=False, **SMALL)
+    train(model, optimizer, 1)
+    state = optimizer.state[model[0].weight]
+    assert {key: value.dtype for key, value in state.items() if key != "step"} == {
+        **dict.fromkeys(("U", "m", "v"), torch.bfloat16),
+        **dict.fromkeys(("Q", "p", "phi"), torch.float32),
+    }
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_and_looped_matrices_agree(name, dtype, monkeypatch):
+    """Stacks, as on GPUs, and one matrix at a time, as on CPUs, are the same algorithm."""
+    looped, batched = network(dtype), network(dtype)
+    a = create(name, looped, verbose=False, **METHODS[name])
+    b = create(name, batched, verbose=False, **METHODS[name])
+    train(looped, a, 7)
+    monkeypatch.setattr(base_module, "BATCHED_DEVICES", {"cpu"})
+    train(batched, b, 7)
+    # rounding only: a few units in the last place, grown over seven steps
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for x, y in zip(weights(looped), weights(batched), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    assert any(not torch.equal(x, y) for x, y in zip(weights(looped), weights(network(dtype)), strict=True))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    whole, parts = network(torch.float64), network(torch.float64)
+    monkeypatch.setattr(base_module, "BATCHED_DEVICES", {"cpu"})
+    train(whole, create("alice", whole, verbose=False, **SMALL), 5)
+    monkeypatch.setattr(base_module, "CHUNK_ENTRIES", 1)
+    train(parts, create("alice", parts, verbose=False, **SMALL), 5)
+    for x, y in zip(weights(whole), weights(parts), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_adam_group_is_torchs_adam():
+    ours, theirs = network(), network()
+    optimizer = create("racs", ours, adam_lr=0.01, adam_betas=(0.8, 0.95), adam_eps=1e-6, verbose=False)
+    reference = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.8, 0.95), eps=1e-6, fused=True)
+    for k in range(5):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(k))
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b) == name.endswith("bias"), name
+
+
+def test_adam_moments_wider_than_the_parameter():
+    """In bfloat16 with beta2 = 0.999 v never falls; with float32 moments it does."""
+    falls = {}
+    for dtype in (None, torch.float32):
+        model = network(torch.bfloat16)
+        optimizer = create("racs", model, adam_state_dtype=dtype, verbose=False)
+        bias = model[0].bias
+        for scale in [10.0] + [0.0] * 300:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, scale)
+            optimizer.step()
+            if scale:
+                peak = optimizer.state[bias]["exp_avg_sq"].float().clone()
+        falls[dtype] = (optimizer.state[bias]["exp_avg_sq"].float() / peak).max().item()
+    assert falls[None] == 1.0
+    assert falls[torch.float32] == pytest.approx(0.999**300, rel=1e-3)
+
+
+def test_nothing_leaks_into_adam_groups_or_the_callers_dicts():
+    model = network()
+    groups = partition(model, verbose=False)
+    optimizer = Alice(groups, **SMALL)
+    assert set(optimizer.param_groups[1]) == {
+        "params", "param_names", "adam", "lr", "betas", "eps", "weight_decay", "state_dtype"
+    }  # fmt: skip
+    assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
+    assert optimizer.param_groups[1]["lr"] == 0.02
+    assert RACS(groups, lr=0.5).param_groups[1]["lr"] == 0.5  # Alice left no mark on the groups
+    assert groups[1]["lr"] is None
+
+
+def test_frozen_missing_gradients_and_parameters_that_skip_steps():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.clone()
+    optimizer = create("alice", model, verbose=False, **SMALL)
+    train(model, optimizer, 2)
+    skipped = model[1].weight.clone()
+    for p in model.parameters():
+        p.grad = None if p is model[1].weight or not p.requires_grad else torch.randn_like(p)
+    optimizer.step()
+    assert torch.equal(model[1].weight, skipped)
+    assert torch.equal(model[0].weight, frozen)
+    assert optimizer.state[model[1].weight]["step"] == 2
+    assert optimizer.state[model[2].weight]["step"] == 3
+    train(model, optimizer, 2)
+    assert optimizer.state[model[1].weight]["step"] == 4
+
+
+def test_closure_and_its_gradient():
+    model = network()
+    optimizer = create("racs", model, lr=0.1, verbose=False)
+    x = torch.randn(4, 6)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize("optimizer_class", [Alice, RACS])
+def test_plain_tensors_groups_and_empty_groups(optimizer_class):
+    options = SMALL if optimizer_class is Alice else {}
+    a, b = (nn.Parameter(torch.zeros(5, 9)) for _ in range(2))
+    optimizer = optimizer_class([{"params": [a]}, {"params": [b], "lr": 0.0}, {"params": []}], lr=0.1, **options)
+    a.grad, b.grad = torch.randn(5, 9), torch.randn(5, 9)
+    optimizer.step()
+    assert a.abs().sum() > 0 and b.abs().sum() == 0
+    optimizer_class([a, b], lr=0.1, **options).step()
+
+
+def test_rates_may_be_tensors():
+    a, b = network(), network()
+    train(a, create("alice", a, lr=0.02, adam_lr=0.02, verbose=False, **SMALL), 4)
+    train(b, create("alice", b, lr=torch.tensor(0.02), adam_lr=0.02, verbose=False, **SMALL), 4)
+    for x, y in zip(weights(a), weights(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_depend_on_seed_and_name_not_on_company():
+    """Switching draws the same directions alone or among others, and others under another seed."""
+
+    def final(names, seed):
+        params = {n: nn.Parameter(torch.zeros(6, 10, dtype=torch.float64)) for n in names}
+        optimizer = Alice(list(params.items()), rank=4, leading=1, update_interval=2, seed=seed)
+        for k in range(5):
+            for n, p in params.items():
+                p.grad = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(7 * k + len(n)))
+            optimizer.step()
+        return params
+
+    assert torch.equal(final(["a", "bb"], 0)["a"], final(["ccc", "a"], 0)["a"])
+    assert not torch.equal(final(["a"], 0)["a"], final(["a"], 1)["a"])
+    assert not torch.equal(final(["a", "b"], 0)["a"], final(["a", "b"], 0)["b"])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_checkpoint_library_leaves_no_trace(name):
+    """torch.distributed.checkpoint steps an empty optimizer with zero gradients to learn its states."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    touched, untouched = network(), network()
+    a = create(name, touched, verbose=False, **METHODS[name])
+    b = create(name, untouched, verbose=False, **METHODS[name])
+    get_optimizer_state_dict(touched, a)
+    assert same(weights(touched), weights(untouched))
+    train(touched, a, 5)
+    train(untouched, b, 5)
+    assert same(weights(touched), weights(untouched))
+
+    resumed = network()
+    c = create(name, resumed, verbose=False, **METHODS[name])
+    saved = copy.deepcopy(get_optimizer_state_dict(touched, a))
+    set_optimizer_state_dict(resumed, c, saved)
+    resumed.load_state_dict(touched.state_dict())
+    train(touched, a, 3, start=5)
+    train(resumed, c, 3, start=5)
+    assert same(weights(touched), weights(resumed))
+
+
+def test_a_zero_gradient_with_rate_zero_later_is_a_step():
+    model = network()
+    optimizer = create("racs", model, verbose=False)
+    train(model, optimizer, 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["step"] == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_bytes_from_shapes_are_the_allocated_ones(name, dtype):
+    model = network(dtype)
+    optimizer = create(name, model, verbose=False, **METHODS[name])
+    with torch.device("meta"):
+        shadow = network(dtype)
+    expected = sum(state_bytes(create(name, shadow, verbose=False, **METHODS[name])))
+    train(model, optimizer, 1)
+    assert measured_state_bytes(optimizer) == expected == sum(state_bytes(optimizer))
+
+
+def test_zero_and_tiny_gradients_stay_finite():
+    for name in OURS:
+        model = network()
+        optimizer = create(name, model, verbose=False, **METHODS[name])
+        for scale in (0.0, 1e-20, 1.0, 0.0, 1e10, 1e-12, 1.0):
+            for p in model.parameters():
+                p.grad = scale * torch.randn_like(p)
+            optimizer.step()
+            assert all(torch.isfinite(p).all() for p in model.parameters()), (name, scale)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m: create("alice", m, rank=9, leading=2), r"rank 9 is larger than the smaller side of 0.weight"),
+        (lambda m: create("alice", m, rank=4, leading=5), "leading = 5 .* between 0 and rank = 4"),
+        (lambda m: create("alice", m, rank=4, leading=2, lr=-1.0), "lr = -1.0 is out of range"),
+        (lambda m: create("racs", m, adam_lr=-1.0), "lr = -1.0 is out of range"),
+        (lambda m: create("racs", m, beta=1.0), "beta = 1.0 is out of range"),
+        (lambda m: create("racs", m, limiter=0.5), "limiter = 0.5"),
+        (lambda m: create("alice", m, switching="sometimes"), "one of none, complement"),
+        (lambda m: create("alic", m), "choose one of adam, alice"),
+        (lambda m: RACS(m.parameters()), r"parameter 1 has shape \[12\], and RACS updates matrices only"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(network())
+
+
+def test_diverged_gradients_are_named_at_a_refresh():
+    p = nn.Parameter(torch.zeros(6, 9))
+    optimizer = Alice([p], **SMALL)
+    p.grad = torch.full((6, 9), math.nan)
+    with pytest.raises(torch.linalg.LinAlgError, match="diverged"):
+        optimizer.step()
+
+
+def test_combined_is_the_two_optimizers():
+    joint, apart = network(), network()
+    combined = create("muon", joint, lr=0.02, adam_lr=0.003, verbose=False)
+    assert isinstance(combined, Combined)
+    matrices = [p for p in apart.parameters() if p.ndim == 2]
+    others = [p for p in apart.parameters() if p.ndim != 2]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    adam = torch.optim.Adam(others, lr=0.003, fused=True)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)) for o in (combined, muon, adam)]
+    for k in range(4):
+        train(joint, combined, 1, start=k)
+        for p in apart.parameters():
+            p.grad = None
+        generator = torch.Generator().manual_seed(k)
+        apart(torch.randn(16, 6, generator=generator)).tanh().square().sum().backward()
+        for p in apart.parameters():
+            p.grad += 0.1 * torch.randn(p.shape, generator=generator)
+        muon.step()
+        adam.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert same(weights(joint), weights(apart))

@@ -1,0 +1,96 @@
+"""Which parameter goes where, on models of several makers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from optimizers import create, describe, partition
+
+
+def llama(**more):
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, **more)
+    )
+
+
+def names(groups):
+    return [[name for name, _ in group["params"]] for group in groups]
+
+
+def test_llama_matrices_are_attention_and_mlp():
+    matrix, adam = names(partition(llama(), verbose=False))
+    assert len(matrix) == 2 * 7
+    assert all(".self_attn." in name or ".mlp." in name for name in matrix)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(adam)
+
+
+def test_last_layer_by_the_candidate():
+    matrix, adam = names(partition(llama(), last_layer="candidate", verbose=False))
+    assert "lm_head.weight" in matrix and "model.embed_tokens.weight" in adam
+
+
+def test_tied_embeddings_appear_once_and_go_to_adam():
+    model = llama(tie_word_embeddings=True)
+    matrix, adam = names(partition(model, verbose=False))
+    assert sum("embed" in name or "lm_head" in name for name in matrix + adam) == 1
+    assert len(matrix) == 14
+    with pytest.raises(ValueError, match="set last_layer to adam"):
+        partition(model, last_layer="candidate", verbose=False)
+
+
+def test_conv1d_of_gpt2_and_position_embeddings():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    matrix, adam = names(partition(model, verbose=False))
+    assert len(matrix) == 4 and all("c_" in name for name in matrix)
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(adam)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: nn.ModuleDict({"module": m})])
+def test_wrappers_change_no_name(wrap):
+    model = llama()
+    assert names(partition(wrap(model), verbose=False)) == names(partition(model, verbose=False))
+
+
+def test_output_layer_of_a_plain_module_is_known_by_name():
+    model = nn.ModuleDict({"tok": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "output": nn.Linear(4, 10, bias=False)})
+    assert names(partition(model, verbose=False))[0] == ["body.weight"]
+    assert names(partition(model, last_layer="candidate", verbose=False))[0] == ["body.weight", "output.weight"]
+
+
+def test_every_trainable_parameter_once():
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    groups = partition(model, verbose=False)
+    listed = [id(p) for group in groups for _, p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_patterns():
+    model = llama()
+    matrix, _ = names(partition(model, matrices=["self_attn"], verbose=False))
+    assert len(matrix) == 8 and all("self_attn" in name for name in matrix)
+    matrix, adam = names(partition(model, adam=[r"layers\.0\."], verbose=False))
+    assert len(matrix) == 7 and "model.layers.0.mlp.up_proj.weight" in adam
+    with pytest.raises(ValueError, match="'atention' matches no trainable parameter"):
+        partition(model, matrices=["atention"], verbose=False)
+    with pytest.raises(ValueError, match="no trainable matrix"):
+        partition(nn.Embedding(4, 4), verbose=False)
+    with pytest.raises(ValueError, match="adam or candidate"):
+        partition(model, last_layer="both", verbose=False)
+
+
+def test_says_what_went_where(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    groups = partition(llama())
+    printed = capsys.readouterr().out
+    assert printed == describe(groups) + "\n"
+    assert "14 matrices" in printed and "8 of 8x8" in printed and "lm_head.weight" in printed
+    monkeypatch.setenv("RANK", "1")
+    partition(llama())
+    assert capsys.readouterr().out == ""
+
+
+def test_description_of_an_optimizers_groups_is_the_same():
+    groups = partition(llama(), verbose=False)
+    assert describe(create("racs", llama(), verbose=False).param_groups) == describe(groups)

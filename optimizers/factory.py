@@ -19,7 +19,8 @@ def _adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer
     """The reference: torch's Adam on everything, the other parameters with their own rate."""
     lr = options.get("lr", 1e-3)
     for group in groups:
-        group.pop("state_dtype", None)
+        if group.pop("state_dtype", None) is not None:
+            raise ValueError("torch's Adam keeps its moments in the parameter's dtype; leave adam_state_dtype out")
         group["lr"] = lr if group.get("lr") is None else group["lr"]
     devices = {p.device.type for group in groups for _, p in group["params"]}
     fused = devices <= {"cpu", "cuda", "mps", "xpu"}
@@ -63,4 +64,4 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
         raise ValueError(f"no optimizer is called {name!r}; choose one of {', '.join(sorted(METHODS))}")
     build, preset = METHODS[name]
     groups = partition(model, **{key: options.pop(key) for key in _PARTITION if key in options})
-    return build(groups, **preset, **options)
+    return build(groups, **{**preset, **options})

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,8 +106,8 @@ def describe(groups: list[dict[str, Any]]) -> str:
             named = list(zip(group.get("param_names", [""] * len(named)), named, strict=True))
         total = sum(p.numel() for _, p in named)
         if group.get("adam"):
-            kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name, _ in named)
-            what = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in kinds.items())
+            kinds = Counter(name.removesuffix(".weight").split(".")[-1] for name, _ in named)
+            what = ", ".join(f"{count} {name}" if count > 1 else name for name, count in kinds.items())
             lines.append(f"Adam:   {len(named):4d} tensors,  {total:13,} parameters ({what})")
         else:
             shapes = Counter("x".join(map(str, p.shape)) for _, p in named)
@@ -116,11 +116,10 @@ def describe(groups: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _output_layer(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor | None:
+def _output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor | None:
     """The weight of the layer that makes logits: what the model says, else what its name says."""
     for module in model.modules():  # a wrapper has no such method, the model inside it has
-        if hasattr(module, "get_output_embeddings"):
-            layer = module.get_output_embeddings()
-            if layer is not None:
-                return getattr(layer, "weight", None)
+        layer = getattr(module, "get_output_embeddings", lambda: None)()
+        if layer is not None:
+            return getattr(layer, "weight", None)
     return next((p for name, p in parameters.items() if _OUTPUT.match(name)), None)

@@ -1,0 +1,76 @@
+# `make` or `make help` lists the targets. Each does all the set-up that it needs in .venv, once.
+#
+#   ARGS="..."      more arguments for the command, as in  make train ARGS="optimizer=racs trainer.steps=50"
+#   SYSTEM=1        use this machine's python3 and its packages, install nothing (clusters, ROCm, Colab, containers)
+#   PYTHON=...      another Python (3.11 to 3.13) for .venv, or for SYSTEM=1
+#   PIP_ARGS="..."  options for pip while installing, such as an index that has CPU builds of torch
+
+PYTHON ?=
+SYSTEM ?=
+ARGS ?=
+PIP_ARGS ?=
+export PYTHON SYSTEM PIP_ARGS
+
+ifeq ($(SYSTEM),1)
+RUN := $(or $(PYTHON),python3)
+else
+RUN := .venv/bin/python
+endif
+SETUP := @scripts/setup.sh requirements.txt
+SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test compare lint wheel sample clean
+
+help:
+	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 5 minutes on 2 CPU cores'
+	@echo 'make test      prove the parts                                           about 10 minutes on 2 CPU cores'
+	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 3 hours on 2 CPU cores'
+	@echo 'make setup     only the installation that the others begin with          2 to 10 minutes, once'
+	@echo 'make lint      ruff and mypy                                             1 minute'
+	@echo 'make wheel     the optimizers alone, as dist/racs_alice-*.whl            10 seconds'
+	@echo 'make sample    rebuild the embedded text and tokenizers byte for byte    2 minutes, downloads 1 MB'
+	@echo 'make clean     remove caches and build products; keeps .venv and runs'
+	@echo
+	@echo 'The first of them installs into .venv (log: .venv/setup.log). Download: about 3 GB on Linux, because PyPI'"'"'s torch'
+	@echo 'comes with CUDA; 0.6 GB on macOS, or with a CPU build of torch: PIP_ARGS="--index-url <index of CPU builds>".'
+	@echo 'After that nothing is downloaded, except by "make sample".'
+	@echo
+	@echo 'ARGS="optimizer=racs"  more arguments for train, test, compare    PYTHON=python3.12  another Python, 3.11 to 3.13'
+	@echo 'SYSTEM=1               use the python3 that is there with its packages, install nothing'
+
+setup:
+	$(SETUP_DEV)
+
+train:
+	$(SETUP)
+	@$(RUN) train.py experiment=quickstart $(ARGS)
+
+test:
+	$(SETUP_DEV)
+	@$(RUN) -m pytest -q $(ARGS)
+
+compare:
+	$(SETUP)
+	@$(RUN) scripts/compare.py $(ARGS)
+
+lint:
+	$(SETUP_DEV)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+
+wheel:
+	$(SETUP_DEV)
+	@rm -rf build racs_alice.egg-info
+	@$(RUN) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
+	@rm -rf build racs_alice.egg-info
+	@ls dist/racs_alice-*.whl
+
+sample:
+	$(SETUP)
+	@$(RUN) scripts/build_sample.py
+	@$(RUN) scripts/build_tokenizers.py
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Model, configuration, schedule, trainer, evaluation and run record of the pretraining bench."""

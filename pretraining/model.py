@@ -1,0 +1,104 @@
+"""The LLaMA that is pretrained: `transformers`' own classes, built from one file of configs/model/.
+
+Nothing here is ours but the choice of numbers, so what the bench saves opens with `transformers` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from data.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def check_model(cfg: Mapping[str, Any]) -> None:
+    """Refuse shapes that cannot be a LLaMA, naming the key that is wrong."""
+    for key in SIZES:
+        value = cfg.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"model.{key} must be a whole number of at least 1, not {value!r}.")
+    hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
+    if hidden % heads:
+        raise UserError(f"model.hidden_size ({hidden}) must be a multiple of model.num_attention_heads ({heads}).")
+    if hidden // heads % 2:
+        raise UserError(
+            f"model.hidden_size / model.num_attention_heads is {hidden // heads}, but rotary position "
+            "embeddings turn pairs of coordinates: choose heads that leave an even number each."
+        )
+
+
+def llama_config(cfg: Mapping[str, Any]) -> LlamaConfig:
+    """The `transformers` configuration of `cfg.model`: no biases, plain RoPE, scaled-dot-product attention."""
+    from transformers import LlamaConfig
+
+    check_model(cfg)
+    options: dict[str, Any] = {key: cfg[key] for key in SIZES}
+    options.update(
+        rms_norm_eps=cfg["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(cfg["rope_theta"])},
+        initializer_range=cfg["initializer_range"],
+        tie_word_embeddings=cfg["tie_word_embeddings"],
+        attention_bias=False,
+        mlp_bias=False,
+        attention_dropout=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+        # None while the model is built: with a padding index, `transformers` zeroes that row of the embedding and
+        # torch never gives it a gradient, but every matrix here is N(0, initializer_range^2) throughout.
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaConfig(**options)
+
+
+def build_model(
+    cfg: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+) -> LlamaForCausalLM:
+    """A freshly initialised model; the draw is a function of `torch.manual_seed`, the shape and the device alone.
+
+    Weights are drawn in float32 and then rounded to `dtype`, as the published code bases do, so a bf16 and a float32
+    model of one seed start at the same point. Only parameters are cast: the rotary frequencies are a float32 buffer
+    in `transformers`, also after `from_pretrained(dtype=torch.bfloat16)`, and rounding them would move the positions.
+    For shapes without memory, pass `device="meta"` or call it inside `with torch.device("meta")`.
+    """
+    from transformers import LlamaForCausalLM
+
+    if device is None:
+        model = LlamaForCausalLM(llama_config(cfg))
+    else:
+        with torch.device(device):
+            model = LlamaForCausalLM(llama_config(cfg))
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.eos_token_id, config.bos_token_id = pad_token_id, eos_token_id, bos_token_id
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trained weights; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

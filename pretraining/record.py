@@ -1,0 +1,190 @@
+"""The run record: the only thing that leaves the trainer."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from data.errors import UserError
+
+# Settings that change no number: a run may go on under other values of these.
+INDIFFERENT = (
+    "run_dir",
+    "paths",
+    "tracker",
+    "trainer.resume",
+    "trainer.dry_run",
+    "trainer.save_every",
+    "trainer.keep_last",
+    "trainer.save_model",
+    "experiment_name",
+)
+
+
+class RunRecord:
+    """Writes a run folder. Only rank 0 writes; the other ranks call the same methods to no effect.
+
+    Args:
+        run_dir: the folder, made if need be.
+        cfg: resolved configuration.
+        write: False on all ranks but the first.
+
+    Raises:
+        UserError: the folder belongs to another configuration.
+    """
+
+    def __init__(self, run_dir: str | Path, cfg: DictConfig, write: bool = True) -> None:
+        self.path = Path(run_dir)
+        self.write = write
+        self.config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        self._refuse_another_configuration()
+
+    def _refuse_another_configuration(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return
+        differences = _differences(_comparable(OmegaConf.to_container(OmegaConf.load(file))), _comparable(self.config))
+        if differences:
+            raise UserError(
+                f"{self.path} holds a run of another configuration ({'; '.join(differences[:4])}): choose another "
+                "run_dir, or train anew with trainer.resume=never, which keeps the old folder under another name"
+            )
+
+    def start(self, environment: Mapping[str, Any], step: int) -> None:
+        """Begin to write, after ``step`` finished steps: later lines of an interrupted run are dropped.
+
+        The steps they tell of are about to be done again.
+        """
+        if not self.write:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(self.config), self.path / "config.yaml")
+        write_json(self.path / "environment.json", environment)
+        lines = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
+        replace_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl; ``step`` counts finished optimizer steps."""
+        if self.write:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+    def sample(self, step: int, text: str) -> None:
+        if self.write:
+            with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        if self.write:
+            write_json(self.path / "summary.json", values)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a last one cut short by a crash is dropped."""
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    replace_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old or the new one, never a part."""
+    temporary = file.with_name(file.name + ".new")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Rename an existing run folder to ``name~1`` (or ~2, ...), so that starting over loses nothing."""
+    if not run_dir.exists():
+        return None
+    number = next(n for n in range(1, 10_000) if not run_dir.with_name(f"{run_dir.name}~{n}").exists())
+    return run_dir.rename(run_dir.with_name(f"{run_dir.name}~{number}"))
+
+
+def environment(device: torch.device, processes: int, **more: Any) -> dict[str, Any]:
+    """Commit, versions, hardware and command, for environment.json."""
+    hardware: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": processes,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    packages = ("torch", "transformers", "accelerate", "datasets", "hydra-core", "sentencepiece", "numpy")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "hardware": hardware,
+        **more,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    flat = dict(_flatten(config))
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(name + ".") for name in INDIFFERENT)
+    }
+
+
+def _flatten(node: Any, prefix: str = ""):
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    keys = sorted(old.keys() | new.keys())
+    return [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in keys if old.get(k) != new.get(k)]

@@ -1,0 +1,72 @@
+"""Time, memory and arithmetic: what a step costs on this machine."""
+
+import resource
+import sys
+import time
+
+import torch
+from omegaconf import DictConfig
+
+# Dense bfloat16 peak in FLOP/s, from the makers' data sheets (without sparsity).
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 peak, or None where it is unknown (then no MFU is reported)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(model: DictConfig, parameters: int, length: int) -> float:
+    """Forward and backward FLOPs of one token: 6 for each weight but the embedding's, 12 L h T for attention.
+
+    The usual count (Chowdhery et al. 2022, appendix B): no allowance for the causal mask.
+    """
+    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    return 6 * (parameters - embedding) + 12 * model.num_hidden_layers * model.hidden_size * length
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak bytes so far, and what they count: the allocator's on CUDA, the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda allocator"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process resident set"
+
+
+class StepTimer:
+    """Milliseconds between ``start`` and ``stop`` on the device, read later so that nothing waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        self._end = self._now()
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> float:
+        """Of the last interval. On CUDA this waits for its end."""
+        if not self.cuda:
+            return 1000 * (self._end - self._begin)
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end)

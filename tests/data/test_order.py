@@ -1,0 +1,196 @@
+"""The order of data is a contract: which rows a step sees depends on the source, the seed and the protocol alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from data import Source, Tokenizer, TrainingBatches, UserError, open_source
+from data.rows import shuffled
+
+from .conftest import Corpus
+
+ROWS = ("truncate", "pack")
+FROZEN = [22, 23, 20, 25, 19, 26, 27, 21, 29, 31, 24, 32]  # first documents of seed 42, epoch 0, buffer 5
+SMALL = {"length": 16, "batch_size": 7, "shuffle_buffer": 5, "prefetch": 0}
+
+
+def batches(source: Source, tokenizer: Tokenizer, **options: Any) -> TrainingBatches:
+    return TrainingBatches(source, tokenizer, **{**SMALL, **options})
+
+
+def steps(loader: TrainingBatches, count: int) -> list[torch.Tensor]:
+    """Input ids and labels of `count` steps, [2, b, length] each."""
+    with loader:
+        return [torch.stack((b["input_ids"], b["labels"])) for b in (next(loader) for _ in range(count))]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_divide_the_rows_of_a_step(train: Source, tokenizer: Tokenizer, rows: str, world_size: int) -> None:
+    whole = steps(batches(train, tokenizer, rows=rows), 14)
+    parts = [
+        steps(batches(train, tokenizer, rows=rows, rank=rank, world_size=world_size), 14) for rank in range(world_size)
+    ]
+    sizes = [part[0].shape[1] for part in parts]
+    assert sum(sizes) == 7 and max(sizes) - min(sizes) <= 1
+    assert same(whole, [torch.cat(step, dim=1) for step in zip(*parts, strict=True)])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_background_thread_changes_nothing(train: Source, tokenizer: Tokenizer, rows: str) -> None:
+    ours = steps(batches(train, tokenizer, rows=rows), 12)
+    assert same(ours, steps(batches(train, tokenizer, rows=rows, prefetch=3), 12))
+
+
+def numbers(texts: Iterator[str]) -> list[int]:
+    return [int(text.split()[1]) for text in texts]
+
+
+def test_an_epoch_has_every_document_once_in_an_order_of_its_own(train: Source) -> None:
+    first, second, other = (numbers(shuffled(train, seed, epoch, 5)) for seed, epoch in ((42, 0), (42, 1), (43, 0)))
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(37))
+    assert len({tuple(first), tuple(second), tuple(other), tuple(range(37))}) == 4
+
+
+def test_the_order_is_frozen(train: Source) -> None:
+    """Published runs can only be repeated while this stays: changing it changes every run."""
+    assert numbers(shuffled(train, 42, 0, 5))[:12] == FROZEN
+    assert numbers(shuffled(train, 42, 0, 0)) == list(range(37))
+
+
+@pytest.mark.parametrize("buffer", [1, 5, 36, 37, 38, 1000])
+@pytest.mark.parametrize("counted", [False, True])
+def test_starting_inside_an_epoch(corpus: Corpus, buffer: int, counted: bool) -> None:
+    """From every place, whether the number of documents is known or not."""
+    config = corpus(15, 4, 18)
+    whole = numbers(shuffled(open_source(config, "train"), 42, 3, buffer))
+    for start in range(39):
+        source = open_source(config, "train")
+        if counted:
+            list(source.documents())
+        assert numbers(shuffled(source, 42, 3, buffer, start)) == whole[start:], start
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("by_state", [False, True])
+@pytest.mark.parametrize("first", [1, 4, 5, 9, 11])
+def test_resuming_twice(corpus: Corpus, tokenizer: Tokenizer, rows: str, by_state: bool, first: int) -> None:
+    """Steps 5 and 10 end within an epoch and in the next one; each resume has a new process's empty source."""
+    config = corpus(15, 4, 18)
+    whole = steps(batches(open_source(config, "train"), tokenizer, rows=rows), 20)
+
+    def resumed(step: int, state: str | None) -> TrainingBatches:
+        source = open_source(config, "train")
+        if state is None:
+            return batches(source, tokenizer, rows=rows, start_step=step)
+        loader = batches(source, tokenizer, rows=rows, prefetch=2)
+        loader.load_state_dict(json.loads(state))
+        return loader
+
+    got, state = [], None
+    begin = batches(open_source(config, "train"), tokenizer, rows=rows, prefetch=2)
+    for loader, count in ((begin, first), (None, 3), (None, 20 - first - 3)):
+        loader = loader or resumed(len(got), state)
+        part = steps(loader, count)
+        assert loader.step == len(got) + count
+        got += part
+        state = json.dumps(loader.state_dict()) if by_state else None
+    assert same(whole, got)
+
+
+def test_the_state_holds_for_another_number_of_ranks(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    config = corpus(15, 4, 18)
+    whole = steps(batches(open_source(config, "train"), tokenizer), 8)
+    states = []
+    for rank in range(2):
+        loader = batches(open_source(config, "train"), tokenizer, rank=rank, world_size=2, prefetch=2)
+        steps(loader, 5)
+        states.append(loader.state_dict())
+    assert states[0] == states[1]
+    alone = batches(open_source(config, "train"), tokenizer)
+    alone.load_state_dict(states[1])
+    assert same(whole[5:], steps(alone, 3))
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 7}, {"length": 8}, {"batch_size": 6}, {"rows": "pack"}, {"shuffle_buffer": 6}]
+)
+def test_a_state_of_other_settings_is_refused(train: Source, tokenizer: Tokenizer, change: dict[str, Any]) -> None:
+    state = batches(train, tokenizer).state_dict()
+    with pytest.raises(UserError, match=next(iter(change))):
+        batches(train, tokenizer, **change).load_state_dict(state)
+
+
+def test_a_state_of_another_corpus_is_refused(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    state = batches(open_source(corpus(15, 4, 18), "train"), tokenizer).state_dict()
+    other = open_source(corpus(15, 5, 18), "train")
+    with pytest.raises(UserError, match="source"):
+        batches(other, tokenizer).load_state_dict(state)
+
+
+class Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.texts = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, texts: list[str], limit: int | None = None) -> list[list[int]]:
+        self.texts += len(texts)
+        return self._tokenizer.encode(texts, limit)
+
+
+def test_truncation_tokenises_nothing_but_the_rank_s_rows(train: Source, tokenizer: Tokenizer) -> None:
+    counting: Any = Counting(tokenizer)
+    steps(batches(train, counting, start_step=9, rank=1, world_size=2), 2)
+    assert counting.texts == 2 * 4
+
+
+def test_resuming_reads_no_more_than_it_needs(corpus: Corpus, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    """A saved place costs neither the shards before it nor, with packing, tokenising what lies before it."""
+    config = corpus(*[20] * 10)
+    loader = batches(open_source(config, "train"), tokenizer, rows="pack", batch_size=2)
+    before = steps(loader, 30)
+    assert loader.epoch == 0 and len(before) == 30
+    source = open_source(config, "train")
+    opened: list[int] = []
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda shard: opened.append(shard) or read(shard))
+    counting: Any = Counting(tokenizer)
+    resumed = batches(source, counting, rows="pack", batch_size=2)
+    resumed.load_state_dict(loader.state_dict())
+    steps(resumed, 1)
+    assert len(opened) <= 5 and counting.texts <= 64
+
+
+def test_the_epoch_is_that_of_the_last_row(train: Source, tokenizer: Tokenizer) -> None:
+    loader = batches(train, tokenizer)  # 37 documents, 7 a step: step 5 has 2 of the first epoch and 5 of the second
+    seen = []
+    for _ in range(11):
+        next(loader)
+        seen.append(loader.epoch)
+    assert seen == [0] * 5 + [1] * 5 + [2]
+
+
+def test_impossible_settings(train: Source, tokenizer: Tokenizer) -> None:
+    for options, message in (
+        ({"batch_size": 2, "world_size": 3}, "divided over 3 ranks"),
+        ({"rank": 2, "world_size": 2}, "Rank 2 of 2"),
+        ({"rows": "cut"}, "data.rows"),
+        ({"length": 1}, "data.length"),
+        ({"start_step": -1}, "negative"),
+    ):
+        with pytest.raises(UserError, match=message):
+            batches(train, tokenizer, **options)

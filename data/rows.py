@@ -94,8 +94,9 @@ def stream(source: Source, seed: int, buffer: int, epoch: int, document: int) ->
     while True:
         for i, text in enumerate(shuffled(source, seed, epoch, buffer, document)):
             yield epoch, document + i, text
+        source.check()
         total = source.total
-        assert total  # an epoch that ended was read to its end, and an empty one raised
+        assert total  # an epoch that ended was read to its end
         epoch, document = (epoch + document // total, document % total) if document >= total else (epoch + 1, 0)
 
 

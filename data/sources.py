@@ -65,6 +65,10 @@ class Source:
                 else:
                     yield text
             self.lengths[shard], self._empty[shard] = count, empty
+        self.check()
+
+    def check(self) -> None:
+        """Raise `UserError` where the split is known to hold no document."""
         if self.total == 0:
             raise UserError(f"{self.label} holds no documents with text: check data.path and the split.")
 

@@ -68,9 +68,9 @@ class SentencePieceTokenizer:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads, encoding as `encode` does.
 
-        Exactly so for the embedded tokenizers. For a unigram model such as T5's, long documents may differ in
-        a rare tie between two segmentations (SentencePiece adds scores in float32), and so may text with
-        loose accents.
+        Exactly so for the embedded tokenizers. For a unigram model such as T5's, long documents may differ in a
+        rare tie between two segmentations (SentencePiece adds scores in float32), and so may text with loose
+        accents or text that spells a special token.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -105,25 +105,31 @@ class HubTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(f"The tokenizer {name} has no end-of-text token: use one that has, such as t5-base.")
         tokenizer.model_max_length = int(1e30)  # rows are cut here; its warning about long texts would mislead
-        tokenizer.split_special_tokens = True
-        tokenizer.backend_tokenizer.encode_special_tokens = True
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+        # A copy of our own: every call of a transformers tokenizer leaves its padding and truncation in the backend.
+        self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
         self._tokenizer = tokenizer
         self.name = name
-        ids = [i for token, i in tokenizer.get_vocab().items() if not token.startswith("<extra_id_")]
-        self.vocab_size: int = max(ids) + 1
+        vocabulary = tokenizer.get_vocab()
+        sentinels = {i for token, i in vocabulary.items() if token.startswith("<extra_id_")}
+        self.vocab_size: int = max(i for i in vocabulary.values() if i not in sentinels) + 1
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        self._not_text = sentinels | {self.eos_id, self.pad_id}
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """Token ids of each text, without special tokens; with `limit`, the first `limit` of them.
 
-        Text that spells a special token stays text.
+        Text that spells a special token stays text, or, where the tokenizer has no other tokens for it, is left out.
         """
-        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids[:limit] for encoding in encodings]
+        result = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for i, ids in enumerate(result):
+            if not self._not_text.isdisjoint(ids):
+                result[i] = [token for token in ids if token not in self._not_text]
+        return [ids[:limit] for ids in result]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out."""

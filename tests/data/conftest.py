@@ -31,13 +31,17 @@ def tokenizer() -> Tokenizer:
 def corpus(tmp_path: Path) -> Corpus:
     """corpus(sizes) writes one training shard a size, with documents `document 0`, `document 1`, ... of various lengths.
 
+    Document 5 is longer than several steps of the tests.
     Returns a data config; the documents are numbered in file order over all shards.
     """
 
     def make(*sizes: int) -> dict[str, Any]:
         number = 0
         for shard, size in enumerate(sizes):
-            texts = [f"document {number + i}" + " and so on" * ((number + i) % 7) for i in range(size)]
+            texts = [
+                f"document {number + i}" + " and so on" * (300 if number + i == 5 else (number + i) % 7)
+                for i in range(size)
+            ]
             number += size
             write_shard(tmp_path / "en" / f"c4-train.{shard:05d}-of-{len(sizes):05d}.json.gz", texts)
         write_shard(tmp_path / "en" / "c4-validation.00000-of-00001.json.gz", ["held out one", "held out two"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -28,7 +29,7 @@ TRAIN = [[1, 2, 3, 1, 2, 4], [5], [1, 2, 2, 2, 3], [], [4, 1, 2, 3]]
 
 def written_out(train: list[list[int]]) -> tuple[dict[int, float], dict[tuple[int, int], float]]:
     """p(w) and p(w | h) for all tokens, after the formulas in the module's docstring."""
-    pairs = Counter((h, w) for ids in train for h, w in zip(ids[:-1], ids[1:], strict=True))
+    pairs = Counter((h, w) for ids in train for h, w in itertools.pairwise(ids))
     following = Counter(w for (_, w), count in pairs.items() for _ in range(count))
     contexts = Counter(w for _, w in pairs)
     total = sum(following.values())
@@ -98,9 +99,9 @@ def test_sequences_follow_the_protocol(train: Source, tokenizer: Tokenizer) -> N
     pairs = [
         pair
         for sequence in training_sequences(train, tokenizer, 16, "pack")
-        for pair in zip(sequence[:-1].tolist(), sequence[1:].tolist(), strict=True)
+        for pair in itertools.pairwise(sequence.tolist())
     ]
-    assert pairs == list(zip(stream[:-1], stream[1:], strict=True))
+    assert pairs == list(itertools.pairwise(stream))
 
 
 def test_a_wrong_vocabulary_is_an_error() -> None:

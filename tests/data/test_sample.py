@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import re
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,8 @@ def test_schema(split: str) -> None:
         assert record["timestamp"] == "unknown"
         assert record["url"] == "" or record["url"].startswith("https://en.wikipedia.org/")
         assert len(record["text"]) >= 200 and record["text"] == record["text"].strip()
-        assert "&lt;" not in record["text"] and "{{" not in record["text"] and "\ufffd" not in record["text"]
+        if record["url"]:  # an article: no debris of its extraction
+            assert not re.search(r"&lt;|\[\[|\{\{|</|formula_", record["text"])
     assert list(open_source({"kind": "sample"}, split).documents()) == [record["text"] for record in found]
 
 
@@ -77,8 +79,12 @@ ARTICLE = '<doc id="{0}" url="https://en.wikipedia.org/wiki?curid={0}" title="Ti
 
 def test_the_sample_script_cleans_and_is_deterministic(tmp_path: Path) -> None:
     build = script("build_sample").build
-    body = "The [[river|stream]] ( ; ) of number {0} was &lt;ref&gt; known to the people of the town .\n" * 5
-    articles = [ARTICLE.format(i, body.format(i) + "Results.\nLegacy.\nIt is remembered.\n") for i in range(60)]
+    body = "The [[river|stream]] ( ; ) of number {0} was &lt;ref&gt; known to the people of the town "
+    body = (body + "that lies {0} miles from its bridge of {0} arches .\n") * 5
+    articles = [
+        ARTICLE.format(i, body.format(i) + "Results.\nLegacy.\nIt is remembered by all of those who live there.\n")
+        for i in range(60)
+    ]
     articles += [
         ARTICLE.format(98, "A stub."),
         ARTICLE.format(99, body.format(0)),
@@ -95,11 +101,12 @@ def test_the_sample_script_cleans_and_is_deterministic(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == sorted(path.name for path in (SAMPLE / "en").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
-    built = [json.loads(line) for name in files for line in gzip.open(tmp_path / "a" / name, "rt")]
+    lines = [gzip.decompress((tmp_path / "a" / name).read_bytes()).decode().splitlines() for name in files]
+    built = [json.loads(line) for part in lines for line in part]
     assert len(built) == 60 + 20
     article = next(record["text"] for record in built if record["url"].endswith("=7"))
-    line = "The stream of number 7 was known to the people of the town."
-    assert article == "\n".join(["Title 7", *[line] * 5, "Legacy.", "It is remembered."])
+    line = "The stream of number 7 was known to the people of the town that lies 7 miles from its bridge of 7 arches."
+    assert article == "\n".join(["Title 7", *[line] * 5, "Legacy.", "It is remembered by all of those who live there."])
 
 
 def test_the_tokenizer_script_is_deterministic() -> None:

@@ -115,7 +115,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    with pytest.raises(UserError, match="There is no tokenizer at /no/such/spiece.model"):
+    with pytest.raises(UserError, match=r"There is no tokenizer at /no/such/spiece\.model"):
         load_tokenizer("/no/such/spiece.model")
     with pytest.raises(UserError, match=r"could not be fetched from the Hub \(ConnectionError\).*sample_1k"):
         load_tokenizer("no-such-tokenizer")

@@ -1,0 +1,354 @@
+"""The trainer end to end, on a model of a few thousand weights."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.errors import UserError
+from pretraining import checkpoint
+from pretraining.config import compose, validate
+from pretraining.evaluation import evaluate, galore_perplexity, row_losses, target_count
+from pretraining.restore import evaluate_saved, open_saved
+from pretraining.schedule import rate_factor, set_rates
+from pretraining.trainer import NonFiniteLoss, Trainer, make_plan, train, write_text
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "experiment=quickstart",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "trainer.steps=8",
+    "trainer.batch_size=6",
+    "trainer.precision=fp32",
+    "trainer.eval_every=4",
+    "trainer.save_every=4",
+    "trainer.sample_tokens=4",
+    "data.length=32",
+    "data.validation_max_tokens=2000",
+    "eval.ngrams=false",
+    "optimizer.lr=0.02",
+]
+ALICE = ["optimizer=alice", "optimizer.rank=8", "optimizer.leading=3", "optimizer.update_interval=3"]
+
+
+def config(run_dir, *more):
+    cfg = compose([*TINY, *(ALICE if not any("optimizer=" in m for m in more) else []), f"run_dir={run_dir}", *more])
+    validate(cfg)
+    return cfg
+
+
+def lines(run_dir, kind=None):
+    every = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if kind in (None, line["kind"])]
+
+
+def losses(run_dir):
+    return [(line["kind"], line["step"], line["loss"]) for line in lines(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(config(folder))
+    return folder
+
+
+def test_the_record_holds_what_the_contract_says(run):
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.txt", "model"} <= set(
+        os.listdir(run)
+    )
+    assert [line["step"] for line in lines(run, "train")] == list(range(1, 9))
+    assert set(lines(run, "train")[0]) >= {
+        "loss", "lr", "adam_lr", "tokens", "tokens_per_second", "optimizer_ms", "grad_norm"
+    }  # fmt: skip
+    assert [line["step"] for line in lines(run, "eval")] == [4, 8]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["tokens"] == 8 * 6 * 32
+    assert summary["perplexity"] == pytest.approx(math.exp(lines(run, "eval")[-1]["loss"]))
+    assert summary["mfu"] is None
+    assert summary["optimizer_state_bytes"] > 0
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["precision"] == "fp32"
+    assert str(ROOT) not in json.dumps(environment)
+
+
+def test_rates_follow_warmup_and_cosine(run):
+    rates = [line["lr"] for line in lines(run, "train")]
+    assert rates == pytest.approx([0.02 * rate_factor(k, 8) for k in range(8)])
+    assert rate_factor(0, 100) == 0
+    assert rate_factor(5, 100) == pytest.approx(0.5)
+    assert rate_factor(10, 100) == 1
+    assert rate_factor(55, 100) == pytest.approx(0.55)
+    assert rate_factor(100, 100) == pytest.approx(0.1)
+
+
+def test_both_rates_are_scheduled():
+    p, q = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    optimizer = torch.optim.Adam([{"params": [p], "lr": 0.4}, {"params": [q], "lr": 0.1}])
+    for factor in (0.5, 0.25):
+        set_rates(optimizer, factor)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.4 * factor, 0.1 * factor]
+
+
+@pytest.mark.parametrize("optimizer", ["alice", "racs", "muon", "adam"])
+def test_resuming_gives_the_same_losses_bit_for_bit(tmp_path, optimizer):
+    """Stopped after 3 and after 6 of 8 steps, with random switching between."""
+    more = ["trainer.save_every=3", f"optimizer={optimizer}"]
+    more += ALICE[1:] if optimizer == "alice" else []
+    train(config(tmp_path / "whole", *more))
+    stopped = tmp_path / "stopped"
+
+    class Stop(Exception):
+        pass
+
+    def train_until(step):
+        trainer = Trainer(cfg := config(stopped, *more), make_plan(cfg))
+        original = trainer._step
+
+        def step_or_stop(rows):
+            if trainer.done == step:
+                raise Stop
+            return original(rows)
+
+        trainer._step = step_or_stop
+        with pytest.raises(Stop):
+            trainer.run()
+
+    train_until(5)  # its last two steps are lost, and done again
+    train_until(7)
+    train(config(stopped, *more))
+    assert losses(stopped) == losses(tmp_path / "whole")
+    ours, theirs = (
+        torch.load(f, weights_only=True) if f.suffix == ".bin" else _safetensors(f)
+        for f in (tmp_path / "whole/model/model.safetensors", stopped / "model/model.safetensors")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def _safetensors(file):
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+@pytest.mark.parametrize("rows", ["pack", "truncate"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, rows):
+    """Micro-batches of unequal numbers of real tokens; a mean of means would be wrong by far more."""
+    gradients = []
+    for size in (6, 4, 1):
+        cfg = config(tmp_path / str(size), f"data.rows={rows}", f"trainer.micro_batch_size={size}", "data.length=200")
+        trainer = Trainer(cfg, make_plan(cfg))
+        batch = next(trainer.batches)
+        targets = target_count(batch["labels"]).sum()
+        loss = trainer._backward(batch, targets)
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()] + [loss])
+        trainer.batches.close()
+    if rows == "truncate":
+        assert len(set(target_count(batch["labels"]).tolist())) > 1
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_row_losses_are_the_models_own():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 5, 11), torch.randint(0, 11, (3, 5))
+    labels[1, 3:] = -100
+    expected = [
+        -sum(
+            torch.log_softmax(logits[b, t].double(), 0)[labels[b, t + 1]].item()
+            for t in range(4)
+            if labels[b, t + 1] >= 0
+        )
+        for b in range(3)
+    ]
+    assert row_losses(logits, labels).tolist() == pytest.approx(expected, rel=1e-6)
+    assert target_count(labels).tolist() == [4, 2, 4]
+
+
+def test_perplexity_does_not_depend_on_the_batch_size(run):
+    saved = open_saved(compose([f"checkpoint={run}"], root="eval"))
+    torch.manual_seed(0)
+    ids = torch.randint(0, 1024, (11, 32))
+    labels = ids.clone()
+    labels[::3, 20:] = -100
+    results = [evaluate(saved.model, (ids, labels), batch_size=b).loss for b in (1, 4, 11)]
+    assert results[1:] == pytest.approx([results[0]] * 2, rel=1e-6)
+
+
+def test_the_published_convention_divides_by_one_batch_too_many():
+    losses_, counts = torch.tensor([30.0, 10.0, 8.0, 20.0, 5.0]), torch.tensor([10, 10, 4, 10, 5])
+    means = [40 / 20, 28 / 14, 5 / 5]
+    assert galore_perplexity(losses_, counts, rows=2) == pytest.approx(math.exp(sum(means) / 4))
+
+
+def test_eval_reproduces_the_last_perplexity(run):
+    expected = json.loads((run / "summary.json").read_text())
+    for path in (run, run / "model", sorted((run / "checkpoints").iterdir())[-1]):
+        result = evaluate_saved(compose([f"checkpoint={path}"], root="eval"))
+        assert result.perplexity == expected["perplexity"]
+        assert result.perplexity_galore == expected["perplexity_galore"]
+
+
+def test_generation_and_transformers_open_the_model(run):
+    saved = open_saved(compose([f"checkpoint={run}"], root="generate"))
+    before = torch.get_rng_state()
+    text = write_text(saved.model, saved.tokenizer, "The", 8, seed=1)
+    assert text.startswith("The") and len(text) > 3
+    assert torch.equal(before, torch.get_rng_state())
+    assert write_text(saved.model, saved.tokenizer, "The", 8, seed=1) == text
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("The house", return_tensors="pt").input_ids
+    assert ids[0].tolist()[: len(saved.tokenizer.encode(["The house"])[0])] == saved.tokenizer.encode(["The house"])[0]
+    torch.testing.assert_close(model(ids).logits, saved.model(ids).logits)
+
+
+def test_pure_bf16_keeps_everything_in_bf16(tmp_path):
+    cfg = config(tmp_path / "run", "trainer.precision=bf16", "trainer.steps=2", "trainer.eval_every=2")
+    trainer = Trainer(cfg, make_plan(cfg))
+    trainer.run()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    state = trainer.optimizer.state[trainer.model.model.layers[0].mlp.up_proj.weight]
+    assert state["m"].dtype == torch.bfloat16 and state["Q"].dtype == torch.float32
+    result = evaluate_saved(compose([f"checkpoint={tmp_path / 'run'}"], root="eval"))
+    assert result.perplexity == json.loads((tmp_path / "run/summary.json").read_text())["perplexity"]
+
+
+def test_a_finished_run_is_not_trained_again_and_never_keeps_the_old_one(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    train(config(run))
+    assert "finished" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_starting_over_keeps_the_old_folder(tmp_path):
+    short = ["trainer.steps=1", "trainer.eval_every=1", "trainer.save_every=0"]
+    train(config(tmp_path / "run", *short))
+    old = (tmp_path / "run/metrics.jsonl").read_text()
+    train(config(tmp_path / "run", *short, "trainer.resume=never"))
+    assert (tmp_path / "run~1/metrics.jsonl").read_text() == old
+    assert len(lines(tmp_path / "run", "train")) == 1
+
+
+def test_a_folder_of_another_configuration_is_refused_and_left_alone(run):
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"another configuration \(optimizer.lr: 0.02 there, 0.03 here\)"):
+        train(config(run, "optimizer.lr=0.03"))
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_divergence_stops_the_run_and_keeps_the_record(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"at step \d+ \(rate .*\); the last good record is step \d+, loss") as caught:
+        train(
+            config(
+                tmp_path / "run", "optimizer=adam", "optimizer.lr=1e30", "optimizer.adam_lr=1e30", "trainer.steps=50",
+                "trainer.eval_every=100", "trainer.save_every=0",
+            )
+        )  # fmt: skip
+    assert caught.value.exit_code == 3
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run", "train"))
+
+
+def test_a_vocabulary_that_does_not_fit_is_named(tmp_path):
+    with pytest.raises(UserError, match="sample_4k has 4,096 pieces, but llama_tiny has 1,024"):
+        train(config(tmp_path / "run", "tokenizer=sample_4k"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_are_pruned_and_those_of_other_models_refused(tmp_path, run):
+    cfg = config(tmp_path / "run", "trainer.save_every=2", "trainer.keep_last=2", "trainer.save_model=false")
+    train(cfg)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == ["step-0000006", "step-0000008"]
+    other = config(tmp_path / "other", "model.num_hidden_layers=1", f"trainer.resume={tmp_path}/run/checkpoints/step-0000006")
+    with pytest.raises(UserError, match="of another model"):
+        train(other)
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        train(config(tmp_path / "third", f"trainer.resume={tmp_path}/nowhere"))
+
+
+def door(*words, check=True, **environment):
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_dry_run_of_the_papers_largest_run_needs_no_network():
+    words = "train.py optimizer=alice model=llama_1b trainer.dry_run=true"
+    launched = door("-m", "accelerate.commands.launch", "--cpu", *words.split(), HF_HUB_OFFLINE="1").stdout
+    for expected in (
+        "1,339,082,752 parameters",
+        "rank 512, leading 160, update_interval 200, compensation_scale 0.2",
+        "rate 0.02 x scale 0.25 = 0.005",
+        "168 matrices",
+        "100,000 steps of 512 rows x 256 tokens = 13.1B tokens",
+        "warm-up 10,000 steps from 0, cosine to 0.1 of the rate",
+        "allenai/c4",
+        "tokenizer t5-base",
+    ):
+        assert expected in launched
+
+
+def test_mistakes_end_in_a_sentence_and_an_exit_code():
+    for words, expected in (
+        (["optimizer=alicia"], "There is no optimizer=alicia. Did you mean alice?"),
+        (["model=llama_60m", "optimizer.rank=600"], "optimizer.rank (600) is larger than the smaller side"),
+    ):
+        done = door("train.py", *words, check=False)
+        assert done.returncode == 2
+        assert expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_processes_compute_the_losses_of_one(tmp_path, run):
+    """Uneven shares too: 6 rows over 4 processes."""
+    for n in (2, 4):
+        folder = tmp_path / str(n)
+        words = [*TINY, *ALICE, f"run_dir={folder}", "trainer.save_every=100", "trainer.save_model=false"]
+        door("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *words, OMP_NUM_THREADS="1")
+        for ours, theirs in zip(losses(folder), losses(run), strict=True):
+            assert ours[:2] == theirs[:2]
+            assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
+
+
+def test_processes_that_do_not_work_together_are_noticed():
+    done = door(
+        "-c",
+        "import os, torch; os.environ['WORLD_SIZE'] = '2'\n"
+        "from pretraining.trainer import make_accelerator\n"
+        "from accelerate.state import PartialState\n"
+        "import unittest.mock as mock\n"
+        "with mock.patch('accelerate.Accelerator') as a:\n"
+        "    a.return_value.num_processes = 1\n"
+        "    make_accelerator(torch.device('cpu'))",
+        check=False,
+    )
+    assert "2 processes were launched, but they do not work together" in done.stderr
+
+
+def test_tensorboard_mirrors_the_record(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(tmp_path / "run", "tracker.name=tensorboard", "trainer.steps=2", "trainer.eval_every=2"))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx([line["loss"] for line in lines(tmp_path / "run", "train")], rel=1e-6)
+
+
+def test_nothing_optional_is_imported_by_training():
+    code = "import sys, pretraining.trainer, data, optimizers; print([m for m in ('wandb', 'tensorboard', 'matplotlib') " \
+        "if m in sys.modules])"
+    assert door("-c", code).stdout.strip() == "[]"

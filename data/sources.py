@@ -261,7 +261,7 @@ def open_source(cfg: Mapping[str, Any], split: str) -> Source:
         raise UserError(f"There is no split {split!r}: use one of {', '.join(SPLITS)}.")
     kind = cfg.get("kind")
     if kind == "sample":
-        return FileSource("sample", split, _c4_files(SAMPLE, split), SAMPLE)
+        return FileSource("sample", split, _c4_files(SAMPLE, split), Path("data/sample"))
     if kind == "c4_local":
         path = _path(cfg, "path")
         return FileSource(

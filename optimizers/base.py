@@ -8,6 +8,7 @@ random numbers live here, once.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ class Context:
     seed: int = 0
     W: Tensor | None = None
 
-    @property
+    @cached_property
     def generators(self) -> list[torch.Generator]:
-        """One CPU generator for each matrix, made anew from (seed, name, step).
+        """One CPU generator for each matrix, seeded by (seed, name, step); draws within a step follow each other.
 
         So draws are the same on every rank and device, whatever the batching, and after a resume.
         """

@@ -88,7 +88,7 @@ def fixed_point(G: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]
     Args:
         G: [B, m, n].
         iterations: how many pairs of updates, s first.
-        eps: the least value of a denominator.
+        eps: the least value of a denominator, for gradients scaled to a largest entry of 1.
 
     Returns:
         s [B, n] and q [B, m]; q s^T is the least-squares fit of q to G^2 for that s. c G has c^2 s and q.

@@ -97,7 +97,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _put_weights(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
     saved = {name.removeprefix("model/"): x for name, x in tensors.items() if name.startswith("model/")}
     own = dict(model.named_parameters())
-    wrong = sorted(n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape)
+    wrong = sorted(
+        n for n in saved.keys() | own.keys() if n not in saved or n not in own or saved[n].shape != own[n].shape
+    )
     if wrong:
         raise UserError(f"{path} is of another model ({wrong[0]} differs): pass the model it was made with")
     with torch.no_grad():

@@ -93,7 +93,6 @@ def galore_perplexity(losses: Tensor, counts: Tensor, rows: int = 256) -> float:
         counts: [rows] targets of each row.
     """
     means = [
-        (a.sum() / b.sum().clamp_min(1)).item()
-        for a, b in zip(losses.split(rows), counts.split(rows), strict=True)
+        (a.sum() / b.sum().clamp_min(1)).item() for a, b in zip(losses.split(rows), counts.split(rows), strict=True)
     ]
     return math.exp(min(sum(means) / (len(means) + 1), 700))

@@ -121,7 +121,11 @@ def micro_batch_rows(cfg: DictConfig, rows: int, device: torch.device) -> int:
 def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer):
     if precision == "bf16":
         worst = max(
-            (group["betas"][1] for group in optimizer.param_groups if "betas" in group and not group.get("state_dtype")),
+            (
+                group["betas"][1]
+                for group in optimizer.param_groups
+                if "betas" in group and not group.get("state_dtype")
+            ),
             default=0.0,
         )
         # 1 - beta2 below half a unit in the last place: v (1 - (1 - beta2)) rounds back to v

@@ -94,7 +94,9 @@ def _run_folder(path: Path) -> Path:
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.yaml").exists():
             return folder
-    raise UserError(f"{path} is not a run folder, nor part of one (no config.yaml there): pass checkpoint=runs/.../NAME")
+    raise UserError(
+        f"{path} is not a run folder, nor part of one (no config.yaml there): pass checkpoint=runs/.../NAME"
+    )
 
 
 def _run_precision(run_dir: Path, run: DictConfig) -> str:

@@ -47,7 +47,9 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("tracker.name=wandb needs a package: pip install wandb, or use tracker.name=none") from error
+            raise UserError(
+                "tracker.name=wandb needs a package: pip install wandb, or use tracker.name=none"
+            ) from error
         # The same folder is the same run, also after a resume: the local record is the truth, this a copy.
         identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
         self.run = wandb.init(

@@ -301,9 +301,7 @@ class Trainer:
     def _save(self) -> None:
         if self.cfg.trainer.save_every:
             meta = {"seconds": self.seconds, "data": self.batches.state_dict()}
-            checkpoint.save(
-                self.checkpoints, self.done, self.model, self.optimizer, meta, self.cfg.trainer.keep_last
-            )
+            checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, meta, self.cfg.trainer.keep_last)
 
     def _finish(self, result: Evaluation) -> None:
         """summary.json, the final model, and a few lines for the user."""
@@ -346,8 +344,11 @@ class Trainer:
 
     def _last_good(self) -> str:
         lines = [line for line in read_lines(self.record.metrics_file) if line["kind"] == "train"]
-        return f"the last good record is step {lines[-1]['step']}, loss {lines[-1]['loss']:.4f}" if lines else \
-            "there is no good step before it"
+        return (
+            f"the last good record is step {lines[-1]['step']}, loss {lines[-1]['loss']:.4f}"
+            if lines
+            else "there is no good step before it"
+        )
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
@@ -402,6 +403,9 @@ def write_text(
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """The model and its tokenizer in Hugging Face's format."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one of its own for each file, in the middle of ours
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

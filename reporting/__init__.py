@@ -10,8 +10,21 @@ from .model_card import write_model_card
 from .records import RECORD_FILES, Run, find_runs, load_run
 from .summary import best_cell, findings, grid_table, results_table
 
-__all__ = ["RECORD_FILES", "Run", "best_cell", "comparison_figure", "find_runs", "findings", "finish", "grid_table",
-           "load_run", "results_table", "training_picture", "units", "write_model_card"]
+__all__ = [
+    "RECORD_FILES",
+    "Run",
+    "best_cell",
+    "comparison_figure",
+    "find_runs",
+    "findings",
+    "finish",
+    "grid_table",
+    "load_run",
+    "results_table",
+    "training_picture",
+    "units",
+    "write_model_card",
+]
 
 
 def finish(run_dir: str | Path) -> list[Path | str]:

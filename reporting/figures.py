@@ -27,10 +27,21 @@ _GREY = "#6B6B6B"
 _DPI = 200  # a 9-inch figure shows sharp at a README's 900 pixels, also on dense screens
 
 _STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
-    "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "legend.frameon": False, "axes.titlelocation": "left",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "axes.titlelocation": "left",
 }
 
 
@@ -51,14 +62,17 @@ def training_picture(run_dir: str | Path, out: str | Path | None = None) -> Path
     figure, rc = _figure(9.0, 4.3)
     with rc:
         grid = figure.add_gridspec(2, 2, width_ratios=[2.5, 1])
-        main, rates, norm = (figure.add_subplot(grid[spot]) for spot in
-                             ((slice(None), 0), (0, 1), (1, 1)))
+        main, rates, norm = (figure.add_subplot(grid[spot]) for spot in ((slice(None), 0), (0, 1), (1, 1)))
         _draw_perplexity(main, run)
         tokens = run.train["tokens"]
         _draw_rates(rates, run)
         norm.plot(tokens, run.train["grad_norm"], color=_COLOURS["alice"], alpha=0.35, linewidth=0.7)
-        norm.plot(tokens, np.exp(_smooth(np.log(np.maximum(run.train["grad_norm"], 1e-30)))), color=_COLOURS["alice"],
-                  linewidth=1.3)
+        norm.plot(
+            tokens,
+            np.exp(_smooth(np.log(np.maximum(run.train["grad_norm"], 1e-30)))),
+            color=_COLOURS["alice"],
+            linewidth=1.3,
+        )
         norm.set_title("gradient norm")
         finite = run.train["grad_norm"][np.isfinite(run.train["grad_norm"])]
         if len(finite) and finite.min() > 0:
@@ -94,13 +108,31 @@ def _draw_perplexity(axes: Axes, run: Run) -> None:
     _log_axis(axes, low * 0.88, high * 1.1)
     for name, value in references:
         axes.axhline(value, color=reference, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(f"{name} {units.perplexity(value)}", (1, value), xycoords=("axes fraction", "data"),
-                      xytext=(-2, 2.5), textcoords="offset points", ha="right", va="bottom", fontsize=8,
-                      color="#8A5F00")
+        axes.annotate(
+            f"{name} {units.perplexity(value)}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2.5),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#8A5F00",
+        )
     if len(y) and math.isfinite(y[-1]):
-        axes.annotate(units.perplexity(y[-1]), (x[-1], y[-1]), xytext=(2, 6), textcoords="offset points", ha="right",
-                      va="bottom", fontsize=9, fontweight="bold", color="#B34A00", annotation_clip=False,
-                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6})
+        axes.annotate(
+            units.perplexity(y[-1]),
+            (x[-1], y[-1]),
+            xytext=(2, 6),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+            fontweight="bold",
+            color="#B34A00",
+            annotation_clip=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+        )
     axes.set_title("perplexity (log scale)")
     axes.legend(loc="upper right")
 
@@ -113,12 +145,26 @@ def _draw_rates(axes: Axes, run: Run) -> None:
     axes.plot(tokens, lr, color=_COLOURS["alice"], linewidth=1.4)
     peak = int(np.nanargmax(lr))
     two = np.isfinite(adam_lr).any() and not np.allclose(lr, adam_lr, equal_nan=True)
-    axes.annotate("matrices" if two else "all parameters", (tokens[peak], lr[peak]), xytext=(4, 5),
-                  textcoords="offset points", fontsize=8, color=_COLOURS["alice"], va="bottom")
+    axes.annotate(
+        "matrices" if two else "all parameters",
+        (tokens[peak], lr[peak]),
+        xytext=(4, 5),
+        textcoords="offset points",
+        fontsize=8,
+        color=_COLOURS["alice"],
+        va="bottom",
+    )
     if two:
         axes.plot(tokens, adam_lr, color=_COLOURS["adam"], linewidth=1.4)
-        axes.annotate("the rest (Adam)", (tokens[peak], adam_lr[peak]), xytext=(4, 5), textcoords="offset points",
-                      fontsize=8, color=_COLOURS["adam"], va="bottom")
+        axes.annotate(
+            "the rest (Adam)",
+            (tokens[peak], adam_lr[peak]),
+            xytext=(4, 5),
+            textcoords="offset points",
+            fontsize=8,
+            color=_COLOURS["adam"],
+            va="bottom",
+        )
     axes.set_title("learning rate")
     axes.set_ylim(0, np.nanmax([lr, adam_lr]) * 1.2)
 
@@ -155,8 +201,13 @@ def comparison_figure(runs: Iterable[Run], out: str | Path) -> Path:
         _draw_best_curves(left, best)
         _draw_rate_dependence(right, ranked, methods)
         some = methods[ranked[0]][0]
-        figure.suptitle(f"{some.model}, data: {some.data}: final validation perplexity, lower is better", x=0.01,
-                        ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle(
+            f"{some.model}, data: {some.data}: final validation perplexity, lower is better",
+            x=0.01,
+            ha="left",
+            fontsize=10.5,
+            fontweight="bold",
+        )
         path = _save(figure, Path(out))
     return path
 
@@ -194,17 +245,26 @@ def _draw_best_curves(axes: Axes, best: dict[str, list[Run]]) -> None:
 def _draw_rate_dependence(axes: Axes, ranked: Sequence[str], methods: dict[str, list[Run]]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    grids = {name: {rates: selection_perplexity(group, runs) for rates, group in cells(runs).items()}
-             for name, runs in methods.items()}
-    through = {name: {adam_lr: min(y for (_, other), y in grid.items() if other == adam_lr)
-                      for adam_lr in sorted({adam_lr for _, adam_lr in grid})} for name, grid in grids.items()}
+    grids = {
+        name: {rates: selection_perplexity(group, runs) for rates, group in cells(runs).items()}
+        for name, runs in methods.items()
+    }
+    through = {
+        name: {
+            adam_lr: min(y for (_, other), y in grid.items() if other == adam_lr)
+            for adam_lr in sorted({adam_lr for _, adam_lr in grid})
+        }
+        for name, grid in grids.items()
+    }
     bigram = [value for run in methods[ranked[0]][:1] for name, value in _references(run) if name == "bigram"]
     lines = [y for points in through.values() for y in points.values() if math.isfinite(y)]
     finite = [y for grid in grids.values() for y in grid.values() if math.isfinite(y)]
     # The axis serves the lines; single bad cells far above them go to the edge instead of flattening everything.
     # The span of the grid's usual values keeps most faint points inside.
-    low, top = _padded(min([*finite, *bigram], default=1.0),
-                       max([*lines, *bigram, float(np.percentile(finite, 80)) if finite else 10.0]))
+    low, top = _padded(
+        min([*finite, *bigram], default=1.0),
+        max([*lines, *bigram, float(np.percentile(finite, 80)) if finite else 10.0]),
+    )
     _log_axis(axes, low, top)
     _draw_bigram(axes, bigram, where=0.3)
     beyond = False
@@ -217,22 +277,48 @@ def _draw_rate_dependence(axes: Axes, ranked: Sequence[str], methods: dict[str, 
             on_line = y == through[name][adam_lr]
             if y > top:
                 beyond = True
-                axes.plot(adam_lr * aside, top, color=colour, marker="x" if math.isinf(y) else "^", markersize=6,
-                          linestyle="", clip_on=False, zorder=4, alpha=1.0 if on_line else 0.55)
+                axes.plot(
+                    adam_lr * aside,
+                    top,
+                    color=colour,
+                    marker="x" if math.isinf(y) else "^",
+                    markersize=6,
+                    linestyle="",
+                    clip_on=False,
+                    zorder=4,
+                    alpha=1.0 if on_line else 0.55,
+                )
             elif not on_line:
-                axes.plot(adam_lr * aside, y, color=colour, marker=marker, markersize=4, linestyle="", alpha=0.3,
-                          markeredgewidth=0)
+                axes.plot(
+                    adam_lr * aside,
+                    y,
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    linestyle="",
+                    alpha=0.3,
+                    markeredgewidth=0,
+                )
         x = [adam_lr * aside for adam_lr, y in through[name].items() if y <= top]
-        axes.plot(x, [y for y in through[name].values() if y <= top], color=colour, marker=marker, markersize=5,
-                  linewidth=1.4, zorder=3)
+        axes.plot(
+            x,
+            [y for y in through[name].values() if y <= top],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.4,
+            zorder=3,
+        )
     axes.set_xscale("log")
     if places:
         axes.set_xlim(places[0] / 1.35, places[-1] * 1.35)
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("adam_lr, the peak rate of embeddings, norms and lm_head"
-                    + ("\nat the upper edge: × diverged, ▲ above the axis" if beyond else ""))
+    axes.set_xlabel(
+        "adam_lr, the peak rate of embeddings, norms and lm_head"
+        + ("\nat the upper edge: × diverged, ▲ above the axis" if beyond else "")
+    )
     axes.set_title("final perplexity; line: best matrix rate, faint: others")
 
 
@@ -245,15 +331,27 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 def _draw_bigram(axes: Axes, values: Sequence[float], where: float) -> None:
     for value in values:
         axes.axhline(value, color=_GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(f"bigram {units.perplexity(value)}", (where, value), xycoords=("axes fraction", "data"),
-                      xytext=(0, -3), textcoords="offset points", fontsize=8, color=_GREY, ha="center", va="top")
+        axes.annotate(
+            f"bigram {units.perplexity(value)}",
+            (where, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            fontsize=8,
+            color=_GREY,
+            ha="center",
+            va="top",
+        )
 
 
 def _references(run: Run) -> list[tuple[str, float]]:
     """Perplexities of the counting models that were fitted to the same training split, where recorded."""
     summary = run.summary or {}
-    return [(name, float(summary[f"{name}_perplexity"])) for name in ("unigram", "bigram")
-            if summary.get(f"{name}_perplexity")]
+    return [
+        (name, float(summary[f"{name}_perplexity"]))
+        for name in ("unigram", "bigram")
+        if summary.get(f"{name}_perplexity")
+    ]
 
 
 def _look(name: str, index: int) -> tuple[str, str]:
@@ -285,10 +383,17 @@ def _log_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     steps: tuple[float, ...]
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(np.arange(1, 10, 0.5)),
-                  tuple(np.arange(1, 10, 0.1)), tuple(np.arange(1, 10, 0.02))):
+    for steps in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 1.5, 2, 3, 5, 7),
+        tuple(np.arange(1, 10, 0.5)),
+        tuple(np.arange(1, 10, 0.1)),
+        tuple(np.arange(1, 10, 0.02)),
+    ):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0 ** power for power in powers for step in steps if low <= step * 10.0 ** power <= high]
+        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
         if len(ticks) >= 4:
             break
     axes.yaxis.set_major_locator(FixedLocator(ticks))

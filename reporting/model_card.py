@@ -23,8 +23,10 @@ def write_model_card(run_dir: str | Path) -> Path:
     run = load_run(run_dir)
     folder = run.path / "model"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{run.path} holds no model/, so there is nothing to write a card for: "
-                                "let the run end with trainer.save_model=true.")
+        raise FileNotFoundError(
+            f"{run.path} holds no model/, so there is nothing to write a card for: "
+            "let the run end with trainer.save_model=true."
+        )
     if run.summary is None:
         raise ValueError(f"{run.path} holds no summary.json yet: let the run end before its model gets a card.")
     path = folder / "README.md"
@@ -66,11 +68,12 @@ def _body(run: Run, summary: dict[str, Any]) -> str:
         "## How to load it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n```',
-        "## Architecture\n\n" + _table(_without(run.setting("model", {}), "name", "tokenizer"),
-                                       ("Parameters", _parameters(run, summary))),
+        "## Architecture\n\n"
+        + _table(_without(run.setting("model", {}), "name", "tokenizer"), ("Parameters", _parameters(run, summary))),
         f"## Optimizer: {method}\n\n" + _table(_without(run.setting("optimizer", {}), "name")),
         "## Training\n\n" + _table(_chosen(run)),
-        "## Data\n\n" + _table(_data(run), ("Tokenizer", _tokenizer(run)))
+        "## Data\n\n"
+        + _table(_data(run), ("Tokenizer", _tokenizer(run)))
         + "\n\nThe weights carry no licence of their own: the terms of the data above apply.",
         "## Where it was made\n\n" + _table(_provenance(run, summary)),
     ]
@@ -81,8 +84,10 @@ def _results(summary: dict[str, Any]) -> str:
     validation = summary.get("validation_tokens")
     note = f"{validation:,} validation tokens" if validation is not None else "the validation set"
     rows = [("This model", summary.get("perplexity"))]
-    rows += [(f"{name} model counted on the training split", summary.get(f"{name.lower()}_perplexity"))
-             for name in ("Bigram", "Unigram")]
+    rows += [
+        (f"{name} model counted on the training split", summary.get(f"{name.lower()}_perplexity"))
+        for name in ("Bigram", "Unigram")
+    ]
     lines = [f"| | Perplexity on {note} |", "|:--|--:|"]
     lines += [f"| {name} | {units.perplexity(float(value))} |" for name, value in rows if value is not None]
     text = "\n".join(lines)
@@ -99,15 +104,21 @@ def _parameters(run: Run, summary: dict[str, Any]) -> Any:
 def _chosen(run: Run) -> dict[str, Any]:
     trainer = run.setting("trainer", {})
     names = ("steps", "batch_size", "precision", "warmup_fraction", "min_lr_ratio", "grad_clip")
-    return {**{name: trainer[name] for name in names if name in trainer}, "seed": run.seed,
-            "recipe": run.setting("recipe")}
+    return {
+        **{name: trainer[name] for name in names if name in trainer},
+        "seed": run.seed,
+        "recipe": run.setting("recipe"),
+    }
 
 
 def _data(run: Run) -> dict[str, Any]:
     """Settings and identity of the data, without paths: the folders of one machine mean nothing on another."""
     described = {**run.setting("data", {}), **lookup(run.environment, "data", {})}
-    return {name: _without(value, "path") if isinstance(value, dict) else value
-            for name, value in described.items() if name not in ("path", "validation_path")}
+    return {
+        name: _without(value, "path") if isinstance(value, dict) else value
+        for name, value in described.items()
+        if name not in ("path", "validation_path")
+    }
 
 
 def _tokenizer(run: Run) -> str | None:

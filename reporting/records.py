@@ -1,8 +1,8 @@
 """Reading run records: the folders that the trainer leaves behind.
 
-    run = load_run("runs/quickstart/llama_tiny-alice-s42")
-    run.perplexity, run.train["loss"], run.evals["perplexity"]
-    runs = find_runs("results/runs/compare")
+run = load_run("runs/quickstart/llama_tiny-alice-s42")
+run.perplexity, run.train["loss"], run.evals["perplexity"]
+runs = find_runs("results/runs/compare")
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    summary: dict[str, Any] | None          # None: the run has not ended
+    summary: dict[str, Any] | None  # None: the run has not ended
     train: Columns
     evals: Columns
     diverged: dict[str, Any] | None = None  # left by a sweep whose run ended in a non-finite loss
@@ -105,11 +105,20 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not (path / "config.yaml").is_file():
-        raise FileNotFoundError(f"{path} is not a run folder, because it holds no config.yaml: "
-                                "give the folder that train.py names as run_dir.")
+        raise FileNotFoundError(
+            f"{path} is not a run folder, because it holds no config.yaml: "
+            "give the folder that train.py names as run_dir."
+        )
     train, evals = _metrics(path / "metrics.jsonl")
-    return Run(path=path, config=_config(path / "config.yaml"), environment=_json(path / "environment.json") or {},
-               summary=_json(path / "summary.json"), train=train, evals=evals, diverged=_json(path / "diverged.json"))
+    return Run(
+        path=path,
+        config=_config(path / "config.yaml"),
+        environment=_json(path / "environment.json") or {},
+        summary=_json(path / "summary.json"),
+        train=train,
+        evals=evals,
+        diverged=_json(path / "diverged.json"),
+    )
 
 
 def find_runs(folder: str | Path) -> list[Run]:
@@ -167,8 +176,10 @@ def _metrics(path: Path) -> tuple[Columns, Columns]:
         except (ValueError, KeyError, TypeError) as error:
             if number > len(whole):
                 break  # no line end: the process died while writing it
-            raise ValueError(f"{path}, line {number}: not a metrics line (JSON with kind and step): remove the line, "
-                             "or restore the file.") from error
+            raise ValueError(
+                f"{path}, line {number}: not a metrics line (JSON with kind and step): remove the line, "
+                "or restore the file."
+            ) from error
         # A run that went on from a checkpoint writes the steps after that checkpoint again: the later line counts.
         lines.setdefault(kind, {})[step] = line
     return _columns(lines["train"], TRAIN_KEYS), _columns(lines["eval"], EVAL_KEYS)
@@ -177,8 +188,10 @@ def _metrics(path: Path) -> tuple[Columns, Columns]:
 def _columns(lines: dict[int, dict[str, Any]], keys: tuple[str, ...]) -> Columns:
     rows = [lines[step] for step in sorted(lines)]
     names = [*keys, *sorted({key for row in rows for key, value in row.items() if _is_number(value)} - set(keys))]
-    return {name: np.array([row[name] if _is_number(row.get(name)) else math.nan for row in rows], dtype=np.float64)
-            for name in names}
+    return {
+        name: np.array([row[name] if _is_number(row.get(name)) else math.nan for row in rows], dtype=np.float64)
+        for name in names
+    }
 
 
 def _is_number(value: Any) -> bool:

@@ -73,19 +73,29 @@ def results_table(runs: Iterable[Run]) -> str:
 
     The spread is the standard deviation over the seeds of that cell, then the smallest and the largest value.
     """
-    lines = ["| Optimizer | Matrix rate | Adam rate | Final perplexity | Seeds | Spread over seeds | Optimizer state | "
-             "Tokens/s |", "|:--|--:|--:|--:|--:|:--|--:|--:|"]
+    lines = [
+        "| Optimizer | Matrix rate | Adam rate | Final perplexity | Seeds | Spread over seeds | Optimizer state | "
+        "Tokens/s |",
+        "|:--|--:|--:|--:|--:|:--|--:|--:|",
+    ]
     for name, cell in ranking(runs).items():
         values = [run.perplexity for run in cell]
-        state = [run.summary["optimizer_state_bytes"] for run in cell
-                 if run.summary and run.summary.get("optimizer_state_bytes") is not None]
-        speed = [run.summary["tokens_per_second"] for run in cell
-                 if run.summary and run.summary.get("tokens_per_second") is not None]
+        state = [
+            run.summary["optimizer_state_bytes"]
+            for run in cell
+            if run.summary and run.summary.get("optimizer_state_bytes") is not None
+        ]
+        speed = [
+            run.summary["tokens_per_second"]
+            for run in cell
+            if run.summary and run.summary.get("tokens_per_second") is not None
+        ]
         lines.append(
             f"| {units.optimizer_name(name)} | {cell[0].lr:g} | {cell[0].adam_lr:g} "
             f"| {units.perplexity(mean_perplexity(cell))} "
             f"| {len(cell)} | {_spread(values)} | {units.size(state[0]) if state else 'unknown'} "
-            f"| {f'{statistics.median(speed):,.0f}' if speed else 'unknown'} |")
+            f"| {f'{statistics.median(speed):,.0f}' if speed else 'unknown'} |"
+        )
     return "\n".join(lines)
 
 
@@ -111,8 +121,13 @@ def findings(runs: Iterable[Run]) -> list[str]:
     if not best:
         return []
     values = {name: [run.perplexity for run in cell] for name, cell in best.items()}
-    notes = ["Order, best first: " + ", ".join(
-        f"{units.optimizer_name(name)} {units.perplexity(mean_perplexity(cell))}" for name, cell in best.items()) + "."]
+    notes = [
+        "Order, best first: "
+        + ", ".join(
+            f"{units.optimizer_name(name)} {units.perplexity(mean_perplexity(cell))}" for name, cell in best.items()
+        )
+        + "."
+    ]
     for first, second in pairwise(best):
         names = f"{units.optimizer_name(first)} and {units.optimizer_name(second)}"
         if len(values[first]) < 2 or len(values[second]) < 2:
@@ -126,8 +141,10 @@ def findings(runs: Iterable[Run]) -> list[str]:
             chosen = (best[name][0].lr, best[name][0].adam_lr)[index]
             if len(tried) > 1 and chosen in (tried[0], tried[-1]):
                 end = "smallest" if chosen == tried[0] else "largest"
-                notes.append(f"{units.optimizer_name(name)}: the best {what} ({chosen:g}) is the {end} that was tried, "
-                             "so a better one may lie outside the grid.")
+                notes.append(
+                    f"{units.optimizer_name(name)}: the best {what} ({chosen:g}) is the {end} that was tried, "
+                    "so a better one may lie outside the grid."
+                )
     return notes
 
 
@@ -137,4 +154,4 @@ def _spread(values: Sequence[float]) -> str:
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < len(values):
         return f"{len(values) - len(finite)} of {len(values)} diverged"
-    return (f"± {statistics.stdev(values):.2g} ({units.perplexity(min(values))} to {units.perplexity(max(values))})")
+    return f"± {statistics.stdev(values):.2g} ({units.perplexity(min(values))} to {units.perplexity(max(values))})"

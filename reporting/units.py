@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import math
 
-_NAMES = {"adam": "Adam", "adamw": "AdamW", "alice": "Alice", "alice_0": "Alice-0", "racs": "RACS", "muon": "Muon",
-          "eigen_adam": "Eigen-Adam", "soap": "SOAP", "shampoo": "Shampoo", "galore": "GaLore", "fira": "Fira",
-          "fira_plus": "Fira+", "apollo": "Apollo", "apollo_mini": "Apollo-mini", "apollo_svd": "Apollo-svd",
-          "swan": "SWAN", "adam_8bit": "8-bit Adam"}
+_NAMES = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "alice": "Alice",
+    "alice_0": "Alice-0",
+    "racs": "RACS",
+    "muon": "Muon",
+    "eigen_adam": "Eigen-Adam",
+    "soap": "SOAP",
+    "shampoo": "Shampoo",
+    "galore": "GaLore",
+    "fira": "Fira",
+    "fira_plus": "Fira+",
+    "apollo": "Apollo",
+    "apollo_mini": "Apollo-mini",
+    "apollo_svd": "Apollo-svd",
+    "swan": "SWAN",
+    "adam_8bit": "8-bit Adam",
+}
 
 
 def optimizer_name(name: str) -> str:
@@ -28,8 +43,8 @@ def count(number: float) -> str:
 def size(number: float) -> str:
     """Bytes, in binary units: 24117248 -> '23.0 MiB'."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024 ** power:
-            return f"{number / 1024 ** power:.1f} {unit}"
+        if number >= 1024**power:
+            return f"{number / 1024**power:.1f} {unit}"
     return f"{number:.0f} B"
 
 

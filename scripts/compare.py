@@ -76,8 +76,9 @@ class Sweep:
         seconds: a guess of one cell's duration, until one has been timed.
     """
 
-    def __init__(self, out: Path, settings: Sequence[str], trainer: Sequence[str], jobs: int, total: int,
-                 seconds: float) -> None:
+    def __init__(
+        self, out: Path, settings: Sequence[str], trainer: Sequence[str], jobs: int, total: int, seconds: float
+    ) -> None:
         self.out, self.settings, self.trainer, self.jobs = out, list(settings), list(trainer), jobs
         self.total, self.ended, self.guess = total, 0, seconds
         self.began = time.monotonic()
@@ -90,8 +91,15 @@ class Sweep:
         # Relative to the repository where possible: records are committed, and paths of this machine say nothing.
         folder = self.out / cell.name
         folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-        return [*self.trainer, f"optimizer={cell.optimizer}", f"optimizer.lr={cell.lr:g}",
-                f"optimizer.adam_lr={cell.adam_lr:g}", f"seed={cell.seed}", f"run_dir={folder}", *self.settings]
+        return [
+            *self.trainer,
+            f"optimizer={cell.optimizer}",
+            f"optimizer.lr={cell.lr:g}",
+            f"optimizer.adam_lr={cell.adam_lr:g}",
+            f"seed={cell.seed}",
+            f"run_dir={folder}",
+            *self.settings,
+        ]
 
     def run(self, cells: Iterable[Cell]) -> None:
         """Train every cell that has not ended, `jobs` at a time.
@@ -137,8 +145,14 @@ class Sweep:
             environment["OMP_NUM_THREADS"] = str(max(1, cores() // self.jobs))
         self.out.mkdir(parents=True, exist_ok=True)
         with self._log(cell).open("wb") as log:
-            return subprocess.Popen(self.command(cell), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                    stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                self.command(cell),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def _end(self, cell: Cell, code: int) -> None:
         folder, log = self.out / cell.name, self._log(cell)
@@ -148,22 +162,30 @@ class Sweep:
         elif code != 0 or not (folder / "summary.json").is_file():
             what = f"ended with exit code {code}" if code else "wrote no summary.json"
             tail = "\n".join(re.split(r"[\r\n]+", text.strip())[-15:])
-            raise RuntimeError(f"{cell} {what}, so the sweep stops; put it right and start the same command again. "
-                               f"The end of {log}:\n{tail}")
+            raise RuntimeError(
+                f"{cell} {what}, so the sweep stops; put it right and start the same command again. "
+                f"The end of {log}:\n{tail}"
+            )
         for path in folder.iterdir():  # only the record stays: it is committed
             if path.name not in RECORD_FILES:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         log.unlink()
         run = load_run(folder)
-        outcome = (f"diverged at step {run.diverged['step']}" if run.diverged
-                   else f"perplexity {units.perplexity(run.perplexity)}")
+        outcome = (
+            f"diverged at step {run.diverged['step']}"
+            if run.diverged
+            else f"perplexity {units.perplexity(run.perplexity)}"
+        )
         self._say(cell, f"{outcome} in {units.duration(self.timed[-1])}")
 
     def _say(self, cell: Cell, outcome: str) -> None:
         self.ended += 1
-        print(f"[{self.ended:{len(str(self.total))}}/{self.total}] {cell}: {outcome}   "
-              f"elapsed {units.duration(time.monotonic() - self.began)}, "
-              f"about {units.duration(self.remaining())} left", flush=True)
+        print(
+            f"[{self.ended:{len(str(self.total))}}/{self.total}] {cell}: {outcome}   "
+            f"elapsed {units.duration(time.monotonic() - self.began)}, "
+            f"about {units.duration(self.remaining())} left",
+            flush=True,
+        )
 
 
 def divergence(text: str, folder: Path) -> dict[str, Any]:
@@ -183,8 +205,13 @@ def cores() -> int:
 
 
 def grid(plan: dict[str, Any], optimizers: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
-    return [Cell(name, float(lr), float(adam_lr), seed)
-            for seed in seeds for name in optimizers for lr in plan["lr"][name] for adam_lr in plan["adam_lr"]]
+    return [
+        Cell(name, float(lr), float(adam_lr), seed)
+        for seed in seeds
+        for name in optimizers
+        for lr in plan["lr"][name]
+        for adam_lr in plan["adam_lr"]
+    ]
 
 
 def keep_settings(out: Path, settings: Sequence[str]) -> None:
@@ -193,8 +220,10 @@ def keep_settings(out: Path, settings: Sequence[str]) -> None:
     if file.is_file():
         there = yaml.safe_load(file.read_text(encoding="utf-8"))["settings"]
         if there != list(settings):
-            raise ValueError(f"{out} holds a sweep with other settings ({' '.join(there)}): choose another --out, "
-                             "or remove that folder.")
+            raise ValueError(
+                f"{out} holds a sweep with other settings ({' '.join(there)}): choose another --out, "
+                "or remove that folder."
+            )
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({"settings": list(settings)}), encoding="utf-8")
 
@@ -205,14 +234,21 @@ def write_report(out: Path, figure: Path, command: str, jobs: int) -> str:
     comparison_figure(runs, figure)
     table = results_table(runs)
     remarks = "\n".join(f"- {note}" for note in findings(runs))
-    text = "\n\n".join([
-        "# Optimizers on the same task, each at its best rates", table, remarks,
-        f"![Best curves, and final perplexity against adam_lr]({os.path.relpath(figure, out)})",
-        "Every optimizer was run on its own grid of matrix rate and adam_lr. A cell is chosen by the seed that the whole "
-        "grid has; its other seeds were run afterwards and only show the spread (standard deviation, smallest to "
-        "largest). Because the best of a grid is chosen by one seed, that seed's value tends to be lucky.",
-        "## How it was made", "\n".join(f"- {name}: {value}" for name, value in circumstances(runs, command, jobs)),
-        "## Every run", grid_table(runs)])
+    text = "\n\n".join(
+        [
+            "# Optimizers on the same task, each at its best rates",
+            table,
+            remarks,
+            f"![Best curves, and final perplexity against adam_lr]({os.path.relpath(figure, out)})",
+            "Every optimizer was run on its own grid of matrix rate and adam_lr. A cell is chosen by the seed that the whole "
+            "grid has; its other seeds were run afterwards and only show the spread (standard deviation, smallest to "
+            "largest). Because the best of a grid is chosen by one seed, that seed's value tends to be lucky.",
+            "## How it was made",
+            "\n".join(f"- {name}: {value}" for name, value in circumstances(runs, command, jobs)),
+            "## Every run",
+            grid_table(runs),
+        ]
+    )
     (out / "README.md").write_text(text + "\n", encoding="utf-8")
     return f"{table}\n\n{remarks}"
 
@@ -221,19 +257,23 @@ def circumstances(runs: Sequence[Run], command: str, jobs: int) -> list[tuple[st
     def all_values(values: Iterable[Any]) -> str:
         return "; ".join(sorted({str(value) for value in values if value is not None})) or "unknown"
 
-    hardware = all_values(", ".join(f"{name} {value}" for name, value in run.environment.get("hardware", {}).items())
-                          for run in runs)
+    hardware = all_values(
+        ", ".join(f"{name} {value}" for name, value in run.environment.get("hardware", {}).items()) for run in runs
+    )
     summaries = [run.summary for run in runs if run.summary]
-    rows = [("Command", f"`{command}`"), ("Model", all_values(run.model for run in runs)),
-            ("Data", all_values(run.data for run in runs)),
-            ("Steps", all_values(run.setting("trainer.steps") for run in runs)),
-            ("Training tokens", all_values(f"{summary['tokens']:,}" for summary in summaries if summary.get("tokens"))),
-            ("Seeds", ", ".join(map(str, sorted({run.seed for run in runs if run.seed is not None})))),
-            ("Precision", all_values(run.environment.get("precision", run.setting("trainer.precision"))
-                                     for run in runs)),
-            ("Hardware", hardware), ("Runs at once", f"{jobs}" + (" (which lowers tokens/s)" if jobs > 1 else "")),
-            ("torch", all_values(run.environment.get("versions", {}).get("torch") for run in runs)),
-            ("Commit", all_values(run.environment.get("commit") for run in runs))]
+    rows = [
+        ("Command", f"`{command}`"),
+        ("Model", all_values(run.model for run in runs)),
+        ("Data", all_values(run.data for run in runs)),
+        ("Steps", all_values(run.setting("trainer.steps") for run in runs)),
+        ("Training tokens", all_values(f"{summary['tokens']:,}" for summary in summaries if summary.get("tokens"))),
+        ("Seeds", ", ".join(map(str, sorted({run.seed for run in runs if run.seed is not None})))),
+        ("Precision", all_values(run.environment.get("precision", run.setting("trainer.precision")) for run in runs)),
+        ("Hardware", hardware),
+        ("Runs at once", f"{jobs}" + (" (which lowers tokens/s)" if jobs > 1 else "")),
+        ("torch", all_values(run.environment.get("versions", {}).get("torch") for run in runs)),
+        ("Commit", all_values(run.environment.get("commit") for run in runs)),
+    ]
     for name in ("bigram", "unigram"):
         values = {summary[f"{name}_perplexity"] for summary in summaries if summary.get(f"{name}_perplexity")}
         if values:
@@ -250,7 +290,9 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
     parser.add_argument("--only", type=_names, default=None, help="optimizers, as in alice,racs; default all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--seeds", type=_seeds, default=[42], help="seeds of the whole grid, as in 42,43")
-    parser.add_argument("--extra-seeds", type=_seeds, default=[43, 44], help="more seeds of the best cells; '' for none")
+    parser.add_argument(
+        "--extra-seeds", type=_seeds, default=[43, 44], help="more seeds of the best cells; '' for none"
+    )
     parser.add_argument("--steps", type=int, default=None, help="shorter runs, to try the sweep out")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.py")
@@ -263,18 +305,31 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
     unknown = [name for name in optimizers if name not in plan["lr"]]
     if unknown:
         parser.error(f"{asked.plan.name} has no grid for {', '.join(unknown)}: choose from {', '.join(plan['lr'])}.")
-    settings = [f"experiment={plan['experiment']}", *plan["overrides"],
-                *([f"trainer.steps={asked.steps}"] if asked.steps else []), *asked.overrides]
+    settings = [
+        f"experiment={plan['experiment']}",
+        *plan["overrides"],
+        *([f"trainer.steps={asked.steps}"] if asked.steps else []),
+        *asked.overrides,
+    ]
     cells = grid(plan, optimizers, asked.seeds)
     extra_seeds = [seed for seed in asked.extra_seeds if seed not in asked.seeds]
-    sweep = Sweep(asked.out.resolve(), settings, trainer, asked.jobs,
-                  total=len(cells) + len(optimizers) * len(extra_seeds), seconds=plan["seconds_per_cell"])
+    sweep = Sweep(
+        asked.out.resolve(),
+        settings,
+        trainer,
+        asked.jobs,
+        total=len(cells) + len(optimizers) * len(extra_seeds),
+        seconds=plan["seconds_per_cell"],
+    )
 
     ended = sum(map(sweep.has_ended, cells))
     runs_left = sweep.total - ended
-    print(f"{len(cells)} cells ({', '.join(optimizers)}) and {len(extra_seeds)} more seeds of each best: "
-          f"{sweep.total} runs, {ended} recorded already; about "
-          f"{units.duration(runs_left * sweep.guess / asked.jobs)} at {sweep.guess:g} s a run.", flush=True)
+    print(
+        f"{len(cells)} cells ({', '.join(optimizers)}) and {len(extra_seeds)} more seeds of each best: "
+        f"{sweep.total} runs, {ended} recorded already; about "
+        f"{units.duration(runs_left * sweep.guess / asked.jobs)} at {sweep.guess:g} s a run.",
+        flush=True,
+    )
     if asked.dry_run:
         for cell in cells:
             print(shlex.join(sweep.command(cell)) + ("   # recorded" if sweep.has_ended(cell) else ""))
@@ -283,12 +338,17 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
         keep_settings(sweep.out, settings)
         sweep.run(cells)
         best = ranking(find_runs(sweep.out))
-        more = [Cell(name, best[name][0].lr, best[name][0].adam_lr, seed)
-                for name in optimizers for seed in extra_seeds if best[name][0].diverged is None]
+        more = [
+            Cell(name, best[name][0].lr, best[name][0].adam_lr, seed)
+            for name in optimizers
+            for seed in extra_seeds
+            if best[name][0].diverged is None
+        ]
         sweep.total = len(cells) + len(more)
         sweep.run(more)
-        report = write_report(sweep.out, asked.figure.resolve(), shlex.join(["python", "scripts/compare.py", *words]),
-                              asked.jobs)
+        report = write_report(
+            sweep.out, asked.figure.resolve(), shlex.join(["python", "scripts/compare.py", *words]), asked.jobs
+        )
     except (RuntimeError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ def evd(M, r):
 def qr_complement(U):
     """QR(U): the m - r columns which complete the orthonormal U (columns r+1..m of the complete QR)."""
     full, _ = np.linalg.qr(U, mode="complete")
-    return full[:, U.shape[1]:]
+    return full[:, U.shape[1] :]
 
 
 def subspace_iteration(A, U_init, steps=1):
@@ -252,9 +252,7 @@ class Alice(_Matrix):
             self.etas.append(eta)
             return self.alpha_c * C
 
-        scales = [
-            np.linalg.norm(omega[:, i]) / (np.linalg.norm(sigma[:, i]) + self.eps) for i in range(self.n)
-        ]
+        scales = [np.linalg.norm(omega[:, i]) / (np.linalg.norm(sigma[:, i]) + self.eps) for i in range(self.n)]
         S, self.phi, eta = limit(residual @ np.diag(scales), self.phi, self.gamma)
         self.etas.append(eta)
         if self.compensation == "fira":

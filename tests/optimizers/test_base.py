@@ -281,7 +281,9 @@ def test_draws_depend_on_seed_and_name_not_on_company():
         optimizer = Alice(list(params.items()), rank=4, leading=1, update_interval=2, seed=seed)
         for k in range(5):
             for n, p in params.items():
-                p.grad = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(7 * k + len(n)))
+                p.grad = torch.randn(
+                    6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(7 * k + len(n))
+                )
             optimizer.step()
         return params
 

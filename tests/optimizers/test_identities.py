@@ -18,6 +18,15 @@ EXACT = 1e-9  # relative; float64 rounding amplified by the eigenvalue gaps of t
 SEEDS = st.integers(0, 10**6)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These matrices are tiny: on a busy machine, threads waiting for each other take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @st.composite
 def shapes(draw, least=3, square=True):
     """m <= n, both small."""
@@ -114,9 +123,7 @@ def test_racs_error_shrinks_by_the_squared_gap_in_each_iteration(shape, seed, it
 
 def test_racs_default_is_five_iterations():
     G = signed_root(nonnegative_with_gap(4, 6, 0), 0)
-    default, five, four = (
-        last(run(RACS, [G], **o))[0] for o in (dict(), dict(iterations=5), dict(iterations=4))
-    )
+    default, five, four = (last(run(RACS, [G], **o))[0] for o in (dict(), dict(iterations=5), dict(iterations=4)))
     assert np.array_equal(default, five) and relative(default, four) > 1e-12
 
 
@@ -480,9 +487,7 @@ def test_alice_transposed(sizes, seed, switching, compensation):
     gradients = make_gradients(m, n, seed, steps=5)
     options = dict(rank=r, leading=l, update_interval=2, switching=switching, compensation=compensation)
     transposed = [G.T for G in gradients]
-    for (wide, _), (tall, _) in zip(
-        run(Alice, gradients, **options), run(Alice, transposed, **options), strict=True
-    ):
+    for (wide, _), (tall, _) in zip(run(Alice, gradients, **options), run(Alice, transposed, **options), strict=True):
         assert relative(tall.T, wide) < 1e-8
 
 

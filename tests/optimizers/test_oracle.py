@@ -75,6 +75,15 @@ def make_weight(shape, seed):
     return np.random.default_rng([seed, *shape, 1]).standard_normal(shape)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These matrices are tiny: on a busy machine, threads waiting for each other take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def draws(monkeypatch):
     """The package's random draws, logged in call order (one entry per matrix); empty ones are left out."""
@@ -200,9 +209,7 @@ def assert_alice(log, **options):
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("switching", SWITCHINGS)
 def test_alice_grid(draws, switching, compensation, shape):
-    (reference,) = assert_alice(
-        draws, shapes=(SHAPES[shape],), switching=switching, compensation=compensation
-    )
+    (reference,) = assert_alice(draws, shapes=(SHAPES[shape],), switching=switching, compensation=compensation)
     refreshes = 1 + STEPS // 7
     assert len(draws) == (0 if switching == "none" else refreshes)
     if compensation != "none":  # the limiter both acted and let pass
@@ -274,9 +281,7 @@ def test_sign_rule_can_be_switched_off(draws, fix_signs):
 def test_alice_full_rank(draws, shape, switching, compensation):
     """r = m: no complement, hence no compensation, and nothing to switch to but Gaussian columns."""
     rank = min(SHAPES[shape])
-    assert_alice(
-        draws, shapes=(SHAPES[shape],), rank=rank, leading=5, switching=switching, compensation=compensation
-    )
+    assert_alice(draws, shapes=(SHAPES[shape],), rank=rank, leading=5, switching=switching, compensation=compensation)
     assert (len(draws) > 0) == switching.startswith("gaussian")
 
 
@@ -542,9 +547,7 @@ def test_every_variant_is_different():
     rng = np.random.default_rng(0)
     finals = {}
     for switching, compensation in itertools.product(SWITCHINGS, COMPENSATIONS):
-        reference = oracle.Alice(
-            np.zeros(WIDE), **for_oracle(ALICE), switching=switching, compensation=compensation
-        )
+        reference = oracle.Alice(np.zeros(WIDE), **for_oracle(ALICE), switching=switching, compensation=compensation)
 
         class FreshDraws:
             def columns(self, total, count):

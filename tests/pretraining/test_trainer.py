@@ -1,5 +1,6 @@
 """The trainer end to end, on a model of a few thousand weights."""
 
+import hashlib
 import json
 import math
 import os
@@ -249,7 +250,9 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(run):
 
 
 def test_divergence_stops_the_run_and_keeps_the_record(tmp_path):
-    with pytest.raises(NonFiniteLoss, match=r"at step \d+ \(rate .*\); the last good record is step \d+, loss") as caught:
+    with pytest.raises(
+        NonFiniteLoss, match=r"at step \d+ \(rate .*\); the last good record is step \d+, loss"
+    ) as caught:
         train(
             config(
                 tmp_path / "run", "optimizer=adam", "optimizer.lr=1e30", "optimizer.adam_lr=1e30", "trainer.steps=50",
@@ -269,8 +272,13 @@ def test_a_vocabulary_that_does_not_fit_is_named(tmp_path):
 def test_checkpoints_are_pruned_and_those_of_other_models_refused(tmp_path, run):
     cfg = config(tmp_path / "run", "trainer.save_every=2", "trainer.keep_last=2", "trainer.save_model=false")
     train(cfg)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == ["step-0000006", "step-0000008"]
-    other = config(tmp_path / "other", "model.num_hidden_layers=1", f"trainer.resume={tmp_path}/run/checkpoints/step-0000006")
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == [
+        "step-0000006",
+        "step-0000008",
+    ]
+    other = config(
+        tmp_path / "other", "model.num_hidden_layers=1", f"trainer.resume={tmp_path}/run/checkpoints/step-0000006"
+    )
     with pytest.raises(UserError, match="of another model"):
         train(other)
     with pytest.raises(UserError, match="not a whole checkpoint"):
@@ -279,7 +287,12 @@ def test_checkpoints_are_pruned_and_those_of_other_models_refused(tmp_path, run)
 
 def door(*words, check=True, **environment):
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -316,7 +329,15 @@ def test_two_processes_compute_the_losses_of_one(tmp_path, run):
     for n in (2, 4):
         folder = tmp_path / str(n)
         words = [*TINY, *ALICE, f"run_dir={folder}", "trainer.save_every=100", "trainer.save_model=false"]
-        door("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *words, OMP_NUM_THREADS="1")
+        door(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+            "train.py",
+            *words,
+            OMP_NUM_THREADS="1",
+        )
         for ours, theirs in zip(losses(folder), losses(run), strict=True):
             assert ours[:2] == theirs[:2]
             assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
@@ -348,7 +369,20 @@ def test_tensorboard_mirrors_the_record(tmp_path):
     assert logged == pytest.approx([line["loss"] for line in lines(tmp_path / "run", "train")], rel=1e-6)
 
 
+def test_wandb_offline_mirrors_the_record(tmp_path, monkeypatch):
+    """Without an account or a network; the identity belongs to the folder, so that a resumed run is the same one."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(config(tmp_path / "run", "tracker.name=wandb", "trainer.steps=2", "trainer.eval_every=2"))
+    kept = list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(kept) == 1
+    identity = hashlib.sha256(str((tmp_path / "run").resolve()).encode()).hexdigest()[:16]
+    assert kept[0].name.endswith(identity)
+
+
 def test_nothing_optional_is_imported_by_training():
-    code = "import sys, pretraining.trainer, data, optimizers; print([m for m in ('wandb', 'tensorboard', 'matplotlib') " \
+    code = (
+        "import sys, pretraining.trainer, data, optimizers; print([m for m in ('wandb', 'tensorboard', 'matplotlib') "
         "if m in sys.modules])"
+    )
     assert door("-c", code).stdout.strip() == "[]"

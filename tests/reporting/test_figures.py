@@ -62,7 +62,8 @@ def test_null_figures_leave_gaps_not_errors(tmp_path):
     folder = write_run(tmp_path / "run", steps=4)
     (folder / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 1, "loss": 6.0, "lr": 0.0, "adam_lr": null, "tokens": 10, "grad_norm": 0.0}\n'
-        '{"kind": "train", "step": 2, "loss": NaN, "lr": 0.1, "adam_lr": null, "tokens": 20, "grad_norm": NaN}\n')
+        '{"kind": "train", "step": 2, "loss": NaN, "lr": 0.1, "adam_lr": null, "tokens": 20, "grad_norm": NaN}\n'
+    )
     assert training_picture(folder).is_file()
 
 
@@ -78,11 +79,23 @@ def test_smoothing_keeps_constants_and_lines_and_skips_gaps():
 @pytest.fixture
 def sweep(tmp_path):
     """Two optimizers on 2 x 2 rates: RACS is best at (0.02, 0.005), Alice at (0.01, 0.001) with three seeds."""
-    for lr, adam_lr, racs, alice in ((0.01, 0.001, 66.0, 54.0), (0.01, 0.005, 64.0, 57.0),
-                                     (0.02, 0.001, 65.0, 58.0), (0.02, 0.005, 59.0, None)):
+    for lr, adam_lr, racs, alice in (
+        (0.01, 0.001, 66.0, 54.0),
+        (0.01, 0.005, 64.0, 57.0),
+        (0.02, 0.001, 65.0, 58.0),
+        (0.02, 0.005, 59.0, None),
+    ):
         write_run(tmp_path / f"racs{lr}{adam_lr}", "racs", lr, adam_lr, perplexity=racs, steps=6, eval_every=2)
-        write_run(tmp_path / f"alice{lr}{adam_lr}", "alice", lr, adam_lr, perplexity=alice or 90.0, steps=6, eval_every=2,
-                  diverged=None if alice else 3)
+        write_run(
+            tmp_path / f"alice{lr}{adam_lr}",
+            "alice",
+            lr,
+            adam_lr,
+            perplexity=alice or 90.0,
+            steps=6,
+            eval_every=2,
+            diverged=None if alice else 3,
+        )
     for seed, value in ((43, 55.0), (44, 56.0)):
         write_run(tmp_path / f"alice-s{seed}", "alice", 0.01, 0.001, seed, value, steps=6, eval_every=2)
     return find_runs(tmp_path)
@@ -92,7 +105,9 @@ def test_the_left_panel_holds_the_best_curve_of_each_optimizer(tmp_path, drawn, 
     assert comparison_figure(sweep, tmp_path / "out.png").is_file()
     left = drawn[0].axes[0]
     assert [text.get_text() for text in left.get_legend().get_texts()] == [
-        "Alice  lr 0.01, adam 0.001: 55.00", "RACS  lr 0.02, adam 0.005: 59.00"]
+        "Alice  lr 0.01, adam 0.001: 55.00",
+        "RACS  lr 0.02, adam 0.005: 59.00",
+    ]
     racs = line(left, "RACS")
     assert racs.get_xdata().tolist() == [step * TOKENS_PER_STEP for step in (2, 4, 6)]
     assert racs.get_ydata()[-1] == pytest.approx(59.0)

@@ -19,17 +19,31 @@ def test_the_card_states_the_numbers_of_the_record(run):
     path = write_model_card(run)
     assert path == run / "model" / "README.md"
     text = path.read_text()
-    for said in ("245,760 tokens", "60 optimizer steps", "| Perplexity on 123,456 validation tokens |",
-                 "| This model | 57.25 |", "| Bigram model counted on the training split | 103.8 |",
-                 "| Unigram model counted on the training split | 412.5 |", "| Parameters | 3,745,024 |",
-                 "| lr | 0.02 |", "| adam_lr | 0.005 |", "| betas | 0.9, 0.9, 0.999 |", "| hidden_size | 256 |",
-                 "sample_1k (fingerprint f1f2f3)", "4f81fa7c0ffee", "train.py experiment=quickstart optimizer=alice",
-                 "An Example CPU \\| 2 GHz", "torch 2.13.0", "1 min 33 s", "Do not use the model for anything else"):
+    for said in (
+        "245,760 tokens",
+        "60 optimizer steps",
+        "| Perplexity on 123,456 validation tokens |",
+        "| This model | 57.25 |",
+        "| Bigram model counted on the training split | 103.8 |",
+        "| Unigram model counted on the training split | 412.5 |",
+        "| Parameters | 3,745,024 |",
+        "| lr | 0.02 |",
+        "| adam_lr | 0.005 |",
+        "| betas | 0.9, 0.9, 0.999 |",
+        "| hidden_size | 256 |",
+        "sample_1k (fingerprint f1f2f3)",
+        "4f81fa7c0ffee",
+        "train.py experiment=quickstart optimizer=alice",
+        "An Example CPU \\| 2 GHz",
+        "torch 2.13.0",
+        "1 min 33 s",
+        "Do not use the model for anything else",
+    ):
         assert said in text, said
     assert "uncommitted" not in text
     assert "None" not in text and "null" not in text
     assert "/home/somebody" not in text  # folders of the machine
-    assert "55.5" not in text            # perplexity_galore belongs beside published numbers only
+    assert "55.5" not in text  # perplexity_galore belongs beside published numbers only
 
 
 def test_the_front_matter_is_what_the_hub_reads(run):
@@ -41,9 +55,15 @@ def test_the_front_matter_is_what_the_hub_reads(run):
     assert front["pipeline_tag"] == "text-generation"
 
 
-@pytest.mark.parametrize(("kind", "name", "dataset"), [
-    ("c4_local", "c4_local", ["allenai/c4"]), ("hub", "allenai/c4", ["allenai/c4"]),
-    ("hub", "roneneldan/TinyStories", ["roneneldan/TinyStories"]), ("text", "text", None)])
+@pytest.mark.parametrize(
+    ("kind", "name", "dataset"),
+    [
+        ("c4_local", "c4_local", ["allenai/c4"]),
+        ("hub", "allenai/c4", ["allenai/c4"]),
+        ("hub", "roneneldan/TinyStories", ["roneneldan/TinyStories"]),
+        ("text", "text", None),
+    ],
+)
 def test_data_of_the_hub_is_linked(tmp_path, kind, name, dataset):
     folder = write_run(tmp_path / "run", steps=2, kind=kind, data=name)
     (folder / "model").mkdir()

@@ -30,8 +30,9 @@ def test_a_last_line_cut_short_is_ignored(tmp_path):
     assert run.summary is None and math.isnan(run.perplexity)
 
 
-@pytest.mark.parametrize("bad", ['{"kind": "train", "step": 1, "lo', "[1, 2]", '{"step": 3}',
-                                 '{"kind": "train", "step": null}'])
+@pytest.mark.parametrize(
+    "bad", ['{"kind": "train", "step": 1, "lo', "[1, 2]", '{"step": 3}', '{"kind": "train", "step": null}']
+)
 def test_any_other_malformed_line_is_named(tmp_path, bad):
     file = write_run(tmp_path / "run", steps=10) / "metrics.jsonl"
     lines = file.read_text().splitlines()
@@ -59,8 +60,10 @@ def test_steps_done_again_after_a_resume_count_once_with_their_last_values(tmp_p
 
 def test_null_and_unknown_keys_are_tolerated(tmp_path):
     file = write_run(tmp_path / "run", steps=2) / "metrics.jsonl"
-    file.write_text('{"kind": "train", "step": 1, "loss": 2.0, "adam_lr": null, "rank_used": 8, "note": "x"}\n'
-                    '{"kind": "other", "step": 1}\n')
+    file.write_text(
+        '{"kind": "train", "step": 1, "loss": 2.0, "adam_lr": null, "rank_used": 8, "note": "x"}\n'
+        '{"kind": "other", "step": 1}\n'
+    )
     run = load_run(tmp_path / "run")
     assert np.isnan(run.train["adam_lr"][0])
     assert run.train["rank_used"].tolist() == [8.0]

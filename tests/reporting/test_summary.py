@@ -38,13 +38,17 @@ def test_the_table_has_one_row_for_each_optimizer_best_first_with_its_spread(tmp
     rows = [line.strip("| ").split(" | ") for line in results_table(find_runs(tmp_path)).splitlines()[2:]]
     assert rows == [
         ["RACS", "0.02", "0.005", "59.00", "3", "± 1 (58.00 to 60.00)", "23.0 MiB", "14,876"],
-        ["Alice", "0.01", "0.02", "62.50", "1", "one seed", "23.0 MiB", "14,876"]]
+        ["Alice", "0.01", "0.02", "62.50", "1", "one seed", "23.0 MiB", "14,876"],
+    ]
 
 
 def test_an_optimizer_that_only_diverged_is_in_the_tables(tmp_path):
     write(tmp_path, "muon", 0.05, 0.02, diverged=1)
     write(tmp_path, "adam", 0.001, 0.02, perplexity=90.0)
-    assert [line.split("|")[1].strip() for line in results_table(find_runs(tmp_path)).splitlines()[2:]] == ["Adam", "Muon"]
+    assert [line.split("|")[1].strip() for line in results_table(find_runs(tmp_path)).splitlines()[2:]] == [
+        "Adam",
+        "Muon",
+    ]
     assert "| Muon | 0.05 | 0.02 | 42 | diverged at step 1 |" in grid_table(find_runs(tmp_path))
 
 
@@ -59,7 +63,8 @@ def test_findings_name_overlap_missing_seeds_and_the_edge_of_the_grid(tmp_path):
     assert any(note.startswith("Alice and Muon: the ranges over seeds overlap") for note in notes)
     assert any(note.startswith("Muon and RACS: a single seed") for note in notes)
     assert [note for note in notes if "outside the grid" in note] == [
-        "Alice: the best matrix rate (0.02) is the largest that was tried, so a better one may lie outside the grid."]
+        "Alice: the best matrix rate (0.02) is the largest that was tried, so a better one may lie outside the grid."
+    ]
 
 
 def test_seeds_that_lie_apart_are_not_called_overlapping(tmp_path):

@@ -41,16 +41,33 @@ write_run(folder, **record, perplexity=50 + 1000 * abs(lr - 0.02) + seed - 42)
 def sweep(tmp_path, capsys):
     """Run the sweep on a small grid with some arguments; what it printed, its exit code and the calls of train.py."""
     (tmp_path / "trainer.py").write_text(STAND_IN)
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({
-        "experiment": "quickstart", "adam_lr": [0.005], "lr": {"alice": [0.01, 0.02], "racs": [0.02, 0.5]},
-        "overrides": ["trainer.save_every=0"], "seconds_per_cell": 60}))
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "experiment": "quickstart",
+                "adam_lr": [0.005],
+                "lr": {"alice": [0.01, 0.02], "racs": [0.02, 0.5]},
+                "overrides": ["trainer.save_every=0"],
+                "seconds_per_cell": 60,
+            }
+        )
+    )
 
     def run(*words):
         calls = tmp_path / "calls.txt"
         calls.write_text("")
-        code = compare.main(["--out", str(tmp_path / "out"), "--figure", str(tmp_path / "figures" / "compare.png"),
-                             "--plan", str(tmp_path / "plan.yaml"), *words],
-                            trainer=[sys.executable, str(tmp_path / "trainer.py")])
+        code = compare.main(
+            [
+                "--out",
+                str(tmp_path / "out"),
+                "--figure",
+                str(tmp_path / "figures" / "compare.png"),
+                "--plan",
+                str(tmp_path / "plan.yaml"),
+                *words,
+            ],
+            trainer=[sys.executable, str(tmp_path / "trainer.py")],
+        )
         printed = capsys.readouterr()
         return code, printed.out + printed.err, calls.read_text().splitlines()
 
@@ -63,8 +80,13 @@ def test_the_grid_then_more_seeds_of_each_best_then_figure_and_report(sweep):
     code, printed, calls = sweep("--extra-seeds", "43", "trainer.batch_size=4")
     assert code == 0
     assert [call.split()[4].rsplit("/", 1)[1] for call in calls] == [
-        "alice-lr0.01-adam0.005-s42", "alice-lr0.02-adam0.005-s42", "racs-lr0.02-adam0.005-s42",
-        "racs-lr0.5-adam0.005-s42", "alice-lr0.02-adam0.005-s43", "racs-lr0.02-adam0.005-s43"]
+        "alice-lr0.01-adam0.005-s42",
+        "alice-lr0.02-adam0.005-s42",
+        "racs-lr0.02-adam0.005-s42",
+        "racs-lr0.5-adam0.005-s42",
+        "alice-lr0.02-adam0.005-s43",
+        "racs-lr0.02-adam0.005-s43",
+    ]
     assert all("experiment=quickstart trainer.save_every=0 trainer.batch_size=4" in call for call in calls)
     assert (sweep.folder / "figures" / "compare.png").is_file()
     report = (sweep.out / "README.md").read_text()

@@ -19,7 +19,6 @@ from .evaluation import Evaluation, evaluate
 from .model import build_model
 from .plan import choose_device, choose_precision, weight_dtype
 
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 

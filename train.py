@@ -1,6 +1,7 @@
 """Pretrain a LLaMA: accelerate launch train.py optimizer=alice model=llama_1b"""
 
 import os
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -16,7 +17,7 @@ def main(cfg: DictConfig) -> None:
         from reporting import finish
 
         for line in finish(run_dir):
-            print(line)
+            print(f"wrote {line}" if isinstance(line, Path) else line)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""What a plan says before anything is allocated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimizers.memory import state_bytes
+from pretraining.config import compose
+from pretraining.model import build_model, parameter_count
+from pretraining.plan import choose_precision, make_optimizer, make_plan
+
+TABLES = json.loads((Path(__file__).parents[2] / "results/paper/tables.json").read_text())
+SIZES = ("60m", "130m", "350m", "1b")
+ROWS = {"adam": "Adam", "racs": "RACS", "alice_0": "Alice-0", "alice": "Alice"}
+CELLS = [
+    (optimizer, size, last_layer, TABLES["table3"]["rows"][row][2 * i + (last_layer == "adam")])
+    for optimizer, row in ROWS.items()
+    for i, size in enumerate(SIZES)
+    for last_layer in ("candidate", "adam")
+    if TABLES["table3"]["rows"][row][2 * i + (last_layer == "adam")] is not None
+]
+
+
+@pytest.mark.parametrize(("optimizer", "size", "last_layer", "printed"), CELLS)
+def test_memory_is_the_papers(optimizer, size, last_layer, printed):
+    """Table 3 to 0.01 GiB: bfloat16 weights and states, Q~ and p in float32, counted, not rounded as printed."""
+    overrides = [f"optimizer={optimizer}", f"model=llama_{size}"]
+    cfg = compose(overrides + ([f"optimizer.last_layer={last_layer}"] if optimizer != "adam" else []))
+    model = build_model(cfg.model, device="meta", dtype=torch.bfloat16)
+    total = 2 * parameter_count(model) + sum(state_bytes(make_optimizer(cfg, model)))
+    assert total / 2**30 == pytest.approx(printed, abs=0.01)
+
+
+def test_every_cell_of_the_four_methods_is_checked():
+    assert len(CELLS) == 24
+
+
+def test_both_rates_and_the_bfloat16_warning_are_shown():
+    text = make_plan(compose(["optimizer=alice", "model=llama_60m", "optimizer.adam_lr=0.001"])).text
+    assert "rate 0.02 x scale 0.3 = 0.006" in text
+    assert "rate 0.001" in text
+    assert "never shrink" in text
+    mixed = make_plan(compose(["optimizer=alice", "model=llama_60m", "trainer.precision=bf16_mixed"])).text
+    assert "never shrink" not in mixed
+
+
+def test_the_candidate_may_have_the_last_layer():
+    text = make_plan(compose(["optimizer=alice", "model=llama_60m", "optimizer.last_layer=candidate"])).text
+    assert "57 matrices" in text and "32000x512" in text
+
+
+def test_precision_is_only_chosen_when_asked():
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+    assert choose_precision("auto", torch.device("cpu")) in ("bf16_mixed", "fp32")

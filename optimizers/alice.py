@@ -140,10 +140,10 @@ class Alice(MatrixOptimizer):
         return state
 
     def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
-        """Lines 5 to 7 of Algorithm 4: the reconstructed covariance Q and the new basis U."""
+        """Lines 6 and 7 of Algorithm 4: the reconstructed covariance Q and the new basis U."""
         m, r = state["U"].shape[-2:]
         U_prev, beta3 = state["U"], group["betas"][2] if group["tracking"] else 0.0
-        # With r = m nothing is left to switch to (spec A12).
+        # With r = m there is nothing to switch to.
         switching = "none" if r == m and group["switching"] in ("complement", "full_basis") else group["switching"]
         if ctx.step == 1 and group["initial_basis"] == "gaussian" and switching != "none":
             U_prev = thin_qr(draw_gaussian(m, r, ctx.generators).to(G))
@@ -175,14 +175,15 @@ class Alice(MatrixOptimizer):
         eps = group["eps"]
         U = state["U"]
 
-        sigma = U.mT @ G
+        sigma = U.mT @ G  # line 11
         if group["tracking"]:
-            state["Q"] = beta3 * state["Q"] + (1 - beta3) * sigma @ sigma.mT
-        m = state["m"].mul_(beta1).add_(sigma, alpha=1 - beta1)
-        v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)
-        omega = m / (v.sqrt() + eps)
-
+            state["Q"] = beta3 * state["Q"] + (1 - beta3) * sigma @ sigma.mT  # line 12
+        m = state["m"].mul_(beta1).add_(sigma, alpha=1 - beta1)  # line 13
+        v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)  # line 14
+        omega = m / (v.sqrt() + eps)  # line 15
         low_rank = U @ omega
+
+        # Line 16, and the sum of line 17; with r = m nothing is left to compensate for.
         compensation = "none" if U.shape[-1] == U.shape[-2] else group["compensation"]
         if compensation == "none":
             return low_rank

@@ -1,4 +1,4 @@
-"""The norm-growth limiter (Chen et al. 2024, Fira; lines 9-10 of Algorithm 1, lines 3-4 of Algorithm 3)."""
+"""The norm-growth limiter (Chen et al. 2024, Fira; lines 9 and 10 of Algorithm 1, and in Algorithm 3)."""
 
 from torch import Tensor
 

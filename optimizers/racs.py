@@ -70,15 +70,14 @@ class RACS(MatrixOptimizer):
         return {"s": torch.zeros(n), "q": torch.zeros(m), "phi": torch.zeros(())}
 
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
-        """Lines 3 to 10 of Algorithm 1."""
+        """Lines 5 to 10 of Algorithm 1."""
         beta, eps = group["beta"], group["eps"]
 
-        s, q = fixed_point(G, group["iterations"], eps)
-        s = state["s"].mul_(beta).add_(s, alpha=1 - beta)
-        q = state["q"].mul_(beta).add_(q, alpha=1 - beta)
-
-        G_tilde = G * q.clamp_min(eps).rsqrt().unsqueeze(-1) * s.clamp_min(eps).rsqrt().unsqueeze(-2)
-        update, state["phi"] = limit_growth(G_tilde, state["phi"], group["limiter"])
+        s, q = fixed_point(G, group["iterations"], eps)  # line 5
+        s = state["s"].mul_(beta).add_(s, alpha=1 - beta)  # line 6
+        q = state["q"].mul_(beta).add_(q, alpha=1 - beta)  # line 7
+        G_tilde = G * q.clamp_min(eps).rsqrt().unsqueeze(-1) * s.clamp_min(eps).rsqrt().unsqueeze(-2)  # line 8
+        update, state["phi"] = limit_growth(G_tilde, state["phi"], group["limiter"])  # lines 9 and 10
         return update
 
 

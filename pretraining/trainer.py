@@ -272,8 +272,9 @@ class Trainer:
         bar.update()
 
     def _evaluate(self) -> Evaluation:
+        # Not the DDP wrapper: it synchronises buffers in every forward pass, and ranks may have unequal numbers of them.
         result = evaluate(
-            self.wrapped,
+            self.model,
             self.validation,
             self.cfg.eval.batch_size,
             self.cfg.eval.galore_rows,

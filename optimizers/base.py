@@ -249,8 +249,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for p, d in zip(params, turn(D).unbind(0), strict=True):
             update = d * (lr * scale)
             if weight_decay:
-                update += lr * weight_decay * p
-            p.sub_(update)  # computed in float32 and rounded once, also for bfloat16 parameters
+                update += (lr * weight_decay) * p.to(compute)
+            p.sub_(update)  # computed in float32 and rounded at the end, also for bfloat16 parameters
 
     def _init(self, p: Tensor, group: dict[str, Any]) -> None:
         self.state[p].update(self.new_state(p, group))
@@ -293,14 +293,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for dtype in {p.dtype: None for p in params}:
             some = [p for p in params if p.dtype == dtype]
             states = [self.state[p] for p in some]
-            # Moments that are wider than the parameter: torch's kernels want one dtype, so update a wide copy.
-            wide = states[0]["exp_avg"].dtype
-            weights = [p.to(wide) for p in some]
+            # torch's kernels want one dtype; where moments are kept in another, wide copies are updated.
+            wide = torch.promote_types(dtype, states[0]["exp_avg"].dtype)
+            stored = [*some, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states)]
+            working = [x.to(wide) for x in stored]
+            n = len(some)
             functional_adam(
-                weights,
+                working[:n],
                 [p.grad.to(wide) for p in some],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
+                working[n : 2 * n],
+                working[2 * n :],
                 [],
                 [s["step"] for s in states],
                 fused=all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in some),
@@ -313,15 +315,20 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            if wide != dtype:
-                for p, w in zip(some, weights, strict=True):
-                    p.copy_(w)
+            for x, y in zip(stored, working, strict=True):
+                if x is not y:
+                    x.copy_(y)
 
     # State dicts ----------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
+        for group in self.param_groups:
+            if group["adam"]:
+                for p in group["params"]:
+                    if "step" in self.state[p]:  # the fused kernels want it beside the parameter
+                        self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

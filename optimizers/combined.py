@@ -17,15 +17,19 @@ class Combined(torch.optim.Optimizer):
     Args:
         matrix_optimizer: any torch optimizer.
         other: any torch optimizer, over other parameters.
+
+    Raises:
+        ValueError: a parameter group is added later; nobody could know to which of the two.
     """
 
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+
     def __init__(self, matrix_optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
-        self.optimizers = (matrix_optimizer, other)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        super().__init__([{"params": []}], {})
-        self.param_groups = groups
-        for optimizer in self.optimizers:
-            self.state.update(optimizer.state)
+        parts = (matrix_optimizer, other)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        for part in parts:
+            self.state.update(part.state)
+        self.optimizers = parts
         self._share()
 
     def _share(self) -> None:
@@ -33,8 +37,13 @@ class Combined(torch.optim.Optimizer):
         first = len(self.optimizers[0].param_groups)
         self.optimizers[0].param_groups = self.param_groups[:first]
         self.optimizers[1].param_groups = self.param_groups[first:]
-        for optimizer in self.optimizers:
-            optimizer.state = self.state
+        for part in self.optimizers:
+            part.state = self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.optimizers:
+            raise ValueError("add the group to one of the two optimizers before combining them")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -42,11 +51,17 @@ class Combined(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        for part in self.optimizers:
+            part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._share()

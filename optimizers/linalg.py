@@ -30,7 +30,7 @@ def top_eigenvectors(A: Tensor, r: int) -> Tensor:
 
 
 def _eigh(A: Tensor) -> Tensor:
-    """Eigenvectors in ascending order, with one retry per matrix in float64 on the CPU.
+    """Eigenvectors in ascending order, with one retry of the batch in float64 on the CPU.
 
     Ill-conditioned or low-precision covariances make some solvers give up (a complaint of GaLore's users);
     the slow, reliable one then saves the run.

@@ -17,12 +17,12 @@ COMPENSATION = ("none", "optimal", "fira", "fira_plus")
 
 def draw_columns(total: int, count: int, generators: list[torch.Generator]) -> Tensor:
     """``count`` of ``total`` indices without replacement, in the order drawn: [B, count], on the CPU."""
-    return torch.stack([torch.randperm(total, generator=generator)[:count] for generator in generators])
+    return torch.stack([torch.randperm(total, generator=generator, device="cpu")[:count] for generator in generators])
 
 
 def draw_gaussian(rows: int, count: int, generators: list[torch.Generator]) -> Tensor:
     """Independent N(0, 1) entries: [B, rows, count], float64 on the CPU (the same for every device and dtype)."""
-    return torch.stack([torch.randn(rows, count, dtype=torch.float64, generator=generator) for generator in generators])
+    return torch.stack([torch.randn(rows, count, dtype=torch.float64, generator=generator, device="cpu") for generator in generators])
 
 
 def switch(ritz: Tensor, leading: int, kind: str, generators: list[torch.Generator]) -> Tensor:
@@ -62,17 +62,31 @@ def unit_gaussian(rows: int, count: int, generators: list[torch.Generator]) -> T
 
 
 def optimal_compensation(
-    G: Tensor, U: Tensor, sigma: Tensor, p: Tensor, phi: Tensor, beta: float, gamma: float | None, eps: float
+    G: Tensor,
+    U: Tensor,
+    sigma: Tensor,
+    p: Tensor,
+    phi: Tensor,
+    beta: float,
+    gamma: float | None,
+    eps: float,
+    orthonormal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 3: what the subspace leaves out, scaled column by column as Theorem 5.1 says is optimal.
+
+    The printed energy of column i, ||g_i||^2 - ||sigma_i||^2, is ||g_i - U sigma_i||^2 if U is orthonormal. The second
+    form is used there: a U kept in bfloat16 is orthonormal to three digits only, and a difference that comes out at or
+    below 0 would be divided by. Gaussian bases (``orthonormal`` False) take the printed form.
 
     Returns:
         eta C [B, m, n], p and phi.
     """
     m, r = U.shape[-2:]
-    p = beta * p + (1 - beta) * (G.square().sum(-2) - sigma.square().sum(-2))
-    D = 1 / (p.clamp_min(0).sqrt() + eps)  # rounding can make an energy negative
-    C = math.sqrt(m - r) * (G - U @ sigma) * D.unsqueeze(-2)
+    residual = G - U @ sigma
+    energy = residual.square().sum(-2) if orthonormal else G.square().sum(-2) - sigma.square().sum(-2)
+    p = beta * p + (1 - beta) * energy
+    D = 1 / (p.clamp_min(0).sqrt() + eps)
+    C = math.sqrt(m - r) * residual * D.unsqueeze(-2)
     C, phi = limit_growth(C, phi, gamma)
     return C, p, phi
 

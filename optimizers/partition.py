@@ -49,8 +49,11 @@ def partition(
     """
     if last_layer not in ("adam", "candidate"):
         raise ValueError(f"last_layer = {last_layer!r} is unknown; set it to adam or candidate")
-    # remove_duplicate: a shared weight comes once, under its first name
-    parameters = {_WRAPPER.sub("", name): p for name, p in model.named_parameters() if p.requires_grad}
+    # a shared weight comes once, under its first name
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = {_WRAPPER.sub("", name): p for name, p in trainable}
+    if len(parameters) < len(trainable):  # a part of the model itself is called like a wrapper
+        parameters = dict(trainable)
     embeddings = {
         id(p)
         for module in model.modules()

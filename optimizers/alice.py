@@ -189,7 +189,15 @@ class Alice(MatrixOptimizer):
             return low_rank
         if compensation == "optimal":
             C, state["p"], state["phi"] = optimal_compensation(
-                G, U, sigma, state["p"], state["phi"], beta1, group["limiter"], eps, "gaussian" not in group["switching"]
+                G,
+                U,
+                sigma,
+                state["p"],
+                state["phi"],
+                beta1,
+                group["limiter"],
+                eps,
+                "gaussian" not in group["switching"],
             )
             return low_rank + group["compensation_scale"] * C
         S, state["phi"] = fira_compensation(G, U, sigma, omega, state["phi"], group["limiter"], eps)

@@ -22,7 +22,9 @@ def draw_columns(total: int, count: int, generators: list[torch.Generator]) -> T
 
 def draw_gaussian(rows: int, count: int, generators: list[torch.Generator]) -> Tensor:
     """Independent N(0, 1) entries: [B, rows, count], float64 on the CPU (the same for every device and dtype)."""
-    return torch.stack([torch.randn(rows, count, dtype=torch.float64, generator=generator, device="cpu") for generator in generators])
+    return torch.stack(
+        [torch.randn(rows, count, dtype=torch.float64, generator=generator, device="cpu") for generator in generators]
+    )
 
 
 def switch(ritz: Tensor, leading: int, kind: str, generators: list[torch.Generator]) -> Tensor:

@@ -59,7 +59,7 @@ def save(
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's weights, states and random state in place; returns what was saved as ``meta``.
+    """Put a checkpoint's weights, states and the CPU's random state in place; returns what was saved as ``meta``.
 
     Raises:
         UserError: not a checkpoint, or one of another model or optimizer.
@@ -71,14 +71,47 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return meta
 
 
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint.
+
+    Raises:
+        UserError: not a whole checkpoint.
+    """
+    return _read_json(path)["step"]
+
+
+def check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse states that another method, or the same one with other options, has made.
+
+    Rates and weight decay may differ.
+
+    Raises:
+        UserError: naming the first option that does.
+    """
+    for key in sorted((saved.keys() | own.keys()) - {"lr", "adam_lr", "weight_decay"}):
+        if saved.get(key) != own.get(key):
+            raise UserError(
+                f"{path} was made with optimizer.{key}={saved.get(key)}, not {own.get(key)}: set it so, or start anew"
+            )
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename checkpoints of steps that are about to be done again, so that none of them is taken for new."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            target = folder / f"before-going-back-{path.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
+
 def load_model(path: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights in place, and nothing else."""
     _put_weights(path, _read(path)[0], model)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    meta = _read_json(path)
     try:
-        meta = json.loads((path / "state.json").read_text())
         reader = dcp.HuggingFaceStorageReader(str(path))
         saved = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError) as error:
@@ -92,6 +125,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         warnings.simplefilter("ignore")
         dcp.load(tensors, storage_reader=reader)
     return tensors, meta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({error}): pass the path of another one") from error
 
 
 def _put_weights(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:

@@ -240,8 +240,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.initial_basis": _one_of("evd", "gaussian", "zeros"),
     "optimizer.tracking_basis": _one_of("printed", "rotated"),
     "optimizer.update_times": _one_of("printed", "zero_based"),
-    "optimizer.state_dtype": _or(None, _one_of("bfloat16", "float16", "float32", "float64")),
-    "optimizer.adam_state_dtype": _or(None, _one_of("bfloat16", "float16", "float32", "float64")),
+    "optimizer.state_dtype": _or(None, _one_of("bfloat16", "float32", "float64")),
+    "optimizer.adam_state_dtype": _or(None, _one_of("bfloat16", "float32", "float64")),
     "optimizer.seed": _whole(0),
     "optimizer.adjust_lr_fn": _one_of("original", "match_rms_adamw"),
 }

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,17 +17,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
 
-# Settings that change no number: a run may go on under other values of these.
+# Settings that change no number beyond rounding: a run may go on under other values of these.
 INDIFFERENT = (
     "run_dir",
     "paths",
-    "tracker",
-    "trainer.resume",
-    "trainer.dry_run",
-    "trainer.save_every",
-    "trainer.keep_last",
-    "trainer.save_model",
     "experiment_name",
+    "tracker",
+    "data.path",  # a mirror may move; the loader compares what it holds
+    "eval.batch_size",
+    "trainer.device",
+    "trainer.dry_run",
+    "trainer.keep_last",
+    "trainer.log_every",
+    "trainer.micro_batch_size",
+    "trainer.resume",
+    "trainer.sample_prompt",
+    "trainer.sample_tokens",
+    "trainer.save_every",
+    "trainer.save_model",
 )
 
 
@@ -59,21 +68,34 @@ class RunRecord:
             )
 
     def start(self, environment: Mapping[str, Any], step: int) -> None:
-        """Begin to write, after ``step`` finished steps: later lines of an interrupted run are dropped.
+        """Begin to write, after ``step`` finished steps: what tells of later ones is dropped.
 
-        The steps they tell of are about to be done again.
+        Those steps are about to be done again. Environments of resumed parts are kept beside the first one.
         """
         if not self.write:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(self.config), self.path / "config.yaml")
-        write_json(self.path / "environment.json", environment)
+        replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
+        file = self.path / "environment.json"
+        if step and file.exists():
+            first = json.loads(file.read_text())
+            resumed = [part for part in first.get("resumed", []) if part["step"] < step]
+            environment = {**first, "resumed": [*resumed, {"step": step, **environment}]}
+        write_json(file, environment)
+        (self.path / "summary.json").unlink(missing_ok=True)
         lines = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
         replace_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+        if self.samples_file.exists():
+            parts = re.split(r"^(?=--- step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            replace_text(self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= step))
 
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.txt"
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl; ``step`` counts finished optimizer steps."""
@@ -83,7 +105,7 @@ class RunRecord:
 
     def sample(self, step: int, text: str) -> None:
         if self.write:
-            with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+            with self.samples_file.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n")
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -108,7 +130,7 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 def replace_text(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old or the new one, never a part."""
     temporary = file.with_name(file.name + ".new")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 
@@ -129,11 +151,12 @@ def environment(device: torch.device, processes: int, **more: Any) -> dict[str, 
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     packages = ("torch", "transformers", "accelerate", "datasets", "hydra-core", "sentencepiece", "numpy")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "hardware": hardware,

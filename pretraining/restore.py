@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +49,7 @@ def open_saved(cfg: DictConfig) -> Saved:
     run_dir = _run_folder(path)
     run: DictConfig = OmegaConf.load(run_dir / "config.yaml")  # type: ignore[assignment]
     device = choose_device(cfg.device)
-    precision = cfg.precision or _run_precision(run_dir, run)
-    precision = choose_precision(precision, device)
+    precision = choose_precision(cfg.precision or run.trainer.precision, device)
 
     tokenizer = load_tokenizer(cfg.tokenizer or run.tokenizer)
     if (path / "state.json").exists():
@@ -96,11 +94,3 @@ def _run_folder(path: Path) -> Path:
     raise UserError(
         f"{path} is not a run folder, nor part of one (no config.yaml there): pass checkpoint=runs/.../NAME"
     )
-
-
-def _run_precision(run_dir: Path, run: DictConfig) -> str:
-    """What the run trained in, also if it chose by itself, so that its perplexity comes out the same."""
-    try:
-        return json.loads((run_dir / "environment.json").read_text())["precision"]
-    except (OSError, ValueError, KeyError):
-        return run.trainer.precision

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
@@ -25,6 +26,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if "MIG" in name:  # a slice of a card
+        return None
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 

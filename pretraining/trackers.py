@@ -1,6 +1,6 @@
 """Mirrors of the run record: wandb and TensorBoard, imported only if asked for."""
 
-import hashlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,8 +50,11 @@ class Wandb:
             raise UserError(
                 "tracker.name=wandb needs a package: pip install wandb, or use tracker.name=none"
             ) from error
-        # The same folder is the same run, also after a resume: the local record is the truth, this a copy.
-        identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        # The same folder is the same run, also after a resume; a folder begun anew is another one.
+        file = run_dir / "wandb-id"
+        if not file.exists():
+            file.write_text(secrets.token_hex(8) + "\n")
+        identity = file.read_text().strip()
         self.run = wandb.init(
             project=cfg.project,
             entity=cfg.entity,

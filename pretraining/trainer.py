@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def train(cfg: DictConfig) -> Path | None:
             print(f"the run that was there is now {kept}")
     finished = run_dir / "summary.json"
     if cfg.trainer.resume == "auto" and finished.exists():
+        cfg.trainer.precision = plan.precision
         RunRecord(run_dir, cfg, write=False)  # another configuration is refused first
         print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")
         return run_dir
@@ -78,7 +79,10 @@ class Trainer:
     """
 
     def __init__(self, cfg: DictConfig, plan: Plan) -> None:
+        cfg = cfg.copy()
+        cfg.trainer.precision = plan.precision  # what "auto" meant here is part of the record
         self.cfg, self.plan, self.device = cfg, plan, plan.device
+        self.began = time.perf_counter()
         self.accelerator = make_accelerator(self.device)
         self.main = self.accelerator.is_main_process
         self.steps, self.length = cfg.trainer.steps, cfg.data.length
@@ -126,7 +130,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        self.done, self.seconds = self._resume()
+        self.done, self.seconds, self.wall_seconds = self._resume()
         self.record.start(self._environment(), self.done)
         self.tracker = make_tracker(cfg.tracker, run_dir, self.record.config, write=self.main)
         self.timer = StepTimer(self.device)
@@ -135,26 +139,30 @@ class Trainer:
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> tuple[int, float]:
-        """Finished steps and seconds spent, from the checkpoint that ``trainer.resume`` means."""
+    def _resume(self) -> tuple[int, float, float]:
+        """Finished steps, seconds of training and in all, from the checkpoint that ``trainer.resume`` means."""
         wanted = self.cfg.trainer.resume
         if wanted == "never":
-            return 0, 0.0
+            return 0, 0.0, 0.0
         saved = checkpoint.list_checkpoints(self.checkpoints)
         path = Path(wanted) if wanted != "auto" else (saved[-1] if saved else None)
+        step = checkpoint.step_of(path) if path else 0
+        if self._sum(torch.tensor(step, device=self.device)).item() != step * self.accelerator.num_processes:
+            raise UserError("the processes see different checkpoints: put run_dir on a filesystem that all nodes share")
         if path is None:
-            return 0, 0.0
+            return 0, 0.0, 0.0
         meta = checkpoint.load(path, self.model, self.optimizer)
+        checkpoint.check_options(path, meta["optimizer"], self.record.config["optimizer"])
         self.batches.load_state_dict(meta["data"])
         if self.main:
-            print(f"resumed from {path}, after step {meta['step']}")
-        return meta["step"], meta["seconds"]
+            print(f"resumed from {path}, after step {step}")
+            checkpoint.set_aside_later(self.checkpoints, step)
+        return step, meta["training_seconds"], meta["wall_seconds"]
 
     def _environment(self) -> dict[str, Any]:
         return environment(
             self.device,
             self.accelerator.num_processes,
-            precision=self.plan.precision,
             parameters=self.plan.parameters,
             data={"train": self.source.description, "validation": self.validation_source.description},
             tokenizer={"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
@@ -174,7 +182,7 @@ class Trainer:
             total=self.steps, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.main else True
         )
         result: Evaluation | None = None
-        with self.batches, bar:
+        with self.batches, closing(self.tracker), bar:
             while self.done < self.steps:
                 began = time.perf_counter()
                 figures = self._step(next(self.batches))
@@ -187,9 +195,9 @@ class Trainer:
                     result = self._evaluate()
                 if last or (t.save_every and self.done % t.save_every == 0):
                     self._save()
-        if result is None:  # resumed from the checkpoint of the last step
-            result = self._evaluate()
-        self._finish(result)
+            if result is None:  # resumed from the last step's checkpoint: its evaluation is in the record
+                result = self._evaluate(again=True)
+            self._finish(result)
 
     def _step(self, rows: dict[str, Tensor]) -> dict[str, Any]:
         """One optimizer step on this rank's ``rows``; returns the step's figures."""
@@ -201,15 +209,19 @@ class Trainer:
             rate_factor(self.done, self.steps, self.cfg.trainer.warmup_fraction, self.cfg.trainer.min_lr_ratio),
         )
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        if not math.isfinite(loss):
+        grad_norm = self._clip()
+        if not math.isfinite(loss + grad_norm):  # before it can reach the weights, and so a checkpoint
+            what = "gradient norm" if math.isfinite(loss) else "loss"
             raise NonFiniteLoss(
-                f"the loss is {loss} at step {self.done + 1} (rate {rates[0]:.3g}, Adam group {rates[-1]:.3g}); "
+                f"the {what} is not finite at step {self.done + 1} (rate {rates[0]:.3g}, Adam group {rates[-1]:.3g}); "
                 f"{self._last_good()}; lower optimizer.lr or optimizer.adam_lr, lengthen trainer.warmup_fraction, or "
                 "set trainer.grad_clip"
             )
-        grad_norm = self._clip()
         self.timer.start()
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteLoss(f"no eigenvectors at step {self.done + 1}: {error}") from error
         self.timer.stop()
         self.done += 1
         return {
@@ -217,6 +229,7 @@ class Trainer:
             "lr": rates[0],
             "adam_lr": rates[-1] if len(rates) > 1 else None,
             "grad_norm": grad_norm,
+            "optimizer_ms": self.timer.milliseconds(),  # waits for the device: the step's time includes the update
         }
 
     def _backward(self, rows: dict[str, Tensor], targets: Tensor) -> Tensor:
@@ -242,7 +255,10 @@ class Trainer:
 
     def _clip(self) -> float:
         """Norm of the whole gradient, before clipping if any is asked for."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters() if p.grad is not None
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         limit = self.cfg.trainer.grad_clip
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
@@ -251,7 +267,7 @@ class Trainer:
     # Figures --------------------------------------------------------------------------------------------------------
 
     def _report(self, bar: tqdm, figures: dict[str, Any], seconds: float) -> None:
-        optimizer_ms = self.timer.milliseconds()
+        optimizer_ms = figures["optimizer_ms"]
         self.optimizer_ms.append(optimizer_ms)
         speed = self.plan.tokens_per_step / seconds
         if self.done % self.cfg.trainer.log_every == 0 or self.done in (1, self.steps):
@@ -259,7 +275,6 @@ class Trainer:
                 **figures,
                 "tokens": self.done * self.plan.tokens_per_step,
                 "tokens_per_second": round(speed, 1),
-                "optimizer_ms": round(optimizer_ms, 3),
             }
             self.record.log("train", self.done, line)
             self.tracker.log("train", self.done, line)
@@ -271,7 +286,7 @@ class Trainer:
         )
         bar.update()
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, again: bool = False) -> Evaluation:
         # Not the DDP wrapper: it synchronises buffers in every forward pass, and ranks may have unequal numbers of them.
         result = evaluate(
             self.model,
@@ -281,6 +296,8 @@ class Trainer:
             self.accelerator,
             self.autocast(),
         )
+        if again:
+            return result
         line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
         self.record.log("eval", self.done, line)
         self.tracker.log("eval", self.done, line)
@@ -301,7 +318,12 @@ class Trainer:
 
     def _save(self) -> None:
         if self.cfg.trainer.save_every:
-            meta = {"seconds": self.seconds, "data": self.batches.state_dict()}
+            meta = {
+                "training_seconds": self.seconds,
+                "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
+                "optimizer": self.record.config["optimizer"],
+                "data": self.batches.state_dict(),
+            }
             checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, meta, self.cfg.trainer.keep_last)
 
     def _finish(self, result: Evaluation) -> None:
@@ -328,11 +350,11 @@ class Trainer:
                 "tokens_per_second": speed,
                 "optimizer_ms": sum(milliseconds) / len(milliseconds) if milliseconds else None,
                 "mfu": speed * flops / (peak * self.accelerator.num_processes) if peak and speed else None,
-                "wall_seconds": self.seconds,
+                "training_seconds": self.seconds,
+                "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
             }
         )
         self.tracker.log("final", self.done, {"perplexity": result.perplexity})
-        self.tracker.close()
         if self.main:
             if self.cfg.trainer.save_model:
                 save_model(self.model, self.tokenizer, self.record.path / "model")
@@ -356,7 +378,13 @@ def make_accelerator(device: torch.device) -> Accelerator:
     """Accelerate's processes, checked: on a CPU it makes independent jobs unless told that it is one."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    # Precision is ours to choose: what `accelerate config` left on the machine must not change a run unnoticed.
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
+        raise UserError(
+            f"this machine's accelerate configuration asks for {accelerator.distributed_type}, which the optimizers cannot "
+            "use: launch with --multi_gpu, or run accelerate config again without it"
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -383,7 +411,7 @@ def write_text(
     The global random state is left as it was, so that a sample does not change the run.
     """
     device = next(model.parameters()).device
-    ids = torch.tensor(tokenizer.encode([prompt]) or [[]], device=device)
+    ids = torch.tensor([tokenizer.encode([prompt])[0] or [tokenizer.eos_id]], device=device)
     how = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature else {"do_sample": False}
     training = model.training
     model.eval()

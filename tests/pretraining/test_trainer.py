@@ -1,6 +1,5 @@
 """The trainer end to end, on a model of a few thousand weights."""
 
-import hashlib
 import json
 import math
 import os
@@ -77,7 +76,6 @@ def test_the_record_holds_what_the_contract_says(run):
     assert summary["mfu"] is None
     assert summary["optimizer_state_bytes"] > 0
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["precision"] == "fp32"
     assert str(ROOT) not in json.dumps(environment)
 
 
@@ -206,6 +204,7 @@ def test_generation_and_transformers_open_the_model(run):
     assert text.startswith("The") and len(text) > 3
     assert torch.equal(before, torch.get_rng_state())
     assert write_text(saved.model, saved.tokenizer, "The", 8, seed=1) == text
+    assert isinstance(write_text(saved.model, saved.tokenizer, "", 4), str)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -261,6 +260,82 @@ def test_divergence_stops_the_run_and_keeps_the_record(tmp_path):
         )  # fmt: skip
     assert caught.value.exit_code == 3
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run", "train"))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path, monkeypatch, step):
+    """The loss may still be finite; step 3 is a refresh, whose eigenvectors would not exist either."""
+    cfg = config(tmp_path / "run", "trainer.save_every=1")
+    trainer = Trainer(cfg, make_plan(cfg))
+    backward = trainer._backward
+
+    def poisoned(rows, targets):
+        loss = backward(rows, targets)
+        if trainer.done + 1 == step:
+            trainer.model.lm_head.weight.grad[0, 0] = math.nan
+            trainer.model.model.layers[0].mlp.up_proj.weight.grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(trainer, "_backward", poisoned)
+    with pytest.raises(
+        NonFiniteLoss, match=f"the gradient norm is not finite at step {step} .* record is step {step - 1}"
+    ):
+        trainer.run()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    train(config(tmp_path / "run", "trainer.save_every=1"))  # the last checkpoint is good
+    assert lines(tmp_path / "run", "train")[-1]["step"] == 8
+
+
+def test_going_back_forgets_what_came_after(tmp_path):
+    """Resumed from an earlier checkpoint and stopped: the record tells of nothing that was not done again."""
+    folder = tmp_path / "run"
+    train(config(folder, "trainer.save_every=2", "trainer.keep_last=9"))
+    before = losses(folder)
+    back = f"trainer.resume={folder}/checkpoints/step-0000002"
+    trainer = Trainer(cfg := config(folder, "trainer.save_every=2", "trainer.keep_last=9", back), make_plan(cfg))
+    assert not (folder / "summary.json").exists()
+    assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-0000002"]
+    assert [line["step"] for line in lines(folder)] == [1, 2]
+    assert (folder / "samples.txt").read_text() == ""
+    trainer.run()
+    assert losses(folder) == before
+    assert json.loads((folder / "environment.json").read_text())["resumed"][0]["step"] == 2
+
+
+def test_a_run_stopped_after_its_last_step_only_ends(tmp_path):
+    train(config(tmp_path / "run"))
+    record, summary = losses(tmp_path / "run"), (tmp_path / "run/summary.json").read_text()
+    (tmp_path / "run/summary.json").unlink()
+    train(config(tmp_path / "run"))
+    assert losses(tmp_path / "run") == record
+    assert json.loads((tmp_path / "run/summary.json").read_text())["perplexity"] == json.loads(summary)["perplexity"]
+
+
+def test_memory_settings_may_change_in_the_middle(tmp_path):
+    short = ["trainer.steps=2", "trainer.eval_every=2", "trainer.save_every=1"]
+    train(config(tmp_path / "run", *short))
+    (tmp_path / "run/summary.json").unlink()
+    train(config(tmp_path / "run", *short, "trainer.micro_batch_size=1", "eval.batch_size=2", "trainer.log_every=2"))
+    assert (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["optimizer=racs"], "was made with optimizer"),
+        ([*ALICE, "optimizer.rank=4"], "was made with optimizer.rank=8, not 4"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, run, more, message):
+    path = sorted((run / "checkpoints").iterdir())[0]
+    with pytest.raises(UserError, match=message):
+        train(config(tmp_path / "run", *more, f"trainer.resume={path}"))
+
+
+def test_accelerates_own_precision_does_not_reach_the_run(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(config(tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(run)
 
 
 def test_a_vocabulary_that_does_not_fit_is_named(tmp_path):
@@ -324,23 +399,17 @@ def test_mistakes_end_in_a_sentence_and_an_exit_code():
         assert expected in done.stderr and "Traceback" not in done.stderr
 
 
-def test_two_processes_compute_the_losses_of_one(tmp_path, run):
-    """Uneven shares too: 6 rows over 4 processes."""
-    for n in (2, 4):
-        folder = tmp_path / str(n)
-        words = [*TINY, *ALICE, f"run_dir={folder}", "trainer.save_every=100", "trainer.save_model=false"]
-        door(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={n}",
-            "train.py",
-            *words,
-            OMP_NUM_THREADS="1",
-        )
-        for ours, theirs in zip(losses(folder), losses(run), strict=True):
-            assert ours[:2] == theirs[:2]
-            assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_compute_the_losses_and_gradients_of_one(tmp_path, n):
+    """Uneven shares of rows (6 over 4) and of real tokens; Alice itself would not notice a wrong scale of gradients."""
+    more = ["data.rows=truncate", "data.length=200", "trainer.save_every=100", "trainer.save_model=false"]
+    train(config(tmp_path / "one", *more))
+    words = [*TINY, *ALICE, *more, f"run_dir={tmp_path / 'many'}"]
+    door("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *words)
+    for ours, theirs in zip(lines(tmp_path / "many"), lines(tmp_path / "one"), strict=True):
+        assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-3)
 
 
 def test_processes_that_do_not_work_together_are_noticed():
@@ -351,7 +420,7 @@ def test_processes_that_do_not_work_together_are_noticed():
         "from accelerate.state import PartialState\n"
         "import unittest.mock as mock\n"
         "with mock.patch('accelerate.Accelerator') as a:\n"
-        "    a.return_value.num_processes = 1\n"
+        "    a.return_value.num_processes, a.return_value.distributed_type = 1, 'NO'\n"
         "    make_accelerator(torch.device('cpu'))",
         check=False,
     )
@@ -376,8 +445,7 @@ def test_wandb_offline_mirrors_the_record(tmp_path, monkeypatch):
     train(config(tmp_path / "run", "tracker.name=wandb", "trainer.steps=2", "trainer.eval_every=2"))
     kept = list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(kept) == 1
-    identity = hashlib.sha256(str((tmp_path / "run").resolve()).encode()).hexdigest()[:16]
-    assert kept[0].name.endswith(identity)
+    assert kept[0].name.endswith((tmp_path / "run/wandb-id").read_text().strip())
 
 
 def test_nothing_optional_is_imported_by_training():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,7 +234,7 @@ def _draw_best_curves(axes: Axes, best: dict[str, list[Run]]) -> None:
     values = shown + bigram
     if values:
         _log_axis(axes, *_padded(min(values), max(values)))
-    _draw_bigram(axes, bigram, where=0.9)
+    _draw_bigram(axes, bigram, side="left")
     axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
     axes.set_xlabel("training tokens")
     seeds = max(len(runs) for runs in best.values())
@@ -266,7 +266,7 @@ def _draw_rate_dependence(axes: Axes, ranked: Sequence[str], methods: dict[str, 
         max([*lines, *bigram, float(np.percentile(finite, 80)) if finite else 10.0]),
     )
     _log_axis(axes, low, top)
-    _draw_bigram(axes, bigram, where=0.3)
+    _draw_bigram(axes, bigram, side="right")
     beyond = False
     places = sorted({adam_lr for points in through.values() for adam_lr in points})
     for index, name in enumerate(ranked):
@@ -328,19 +328,19 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low / room, high * room
 
 
-def _draw_bigram(axes: Axes, values: Sequence[float], where: float) -> None:
+def _draw_bigram(axes: Axes, values: Sequence[float], side: Literal["left", "right"]) -> None:
     for value in values:
         axes.axhline(value, color=_GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             f"bigram {units.perplexity(value)}",
-            (where, value),
+            (0.02 if side == "left" else 0.99, value),
             xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
+            xytext=(0, 2),
             textcoords="offset points",
             fontsize=8,
             color=_GREY,
-            ha="center",
-            va="top",
+            ha=side,
+            va="bottom",
         )
 
 

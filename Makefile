@@ -24,8 +24,8 @@ SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt
 
 help:
 	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 5 minutes on 2 CPU cores'
-	@echo 'make test      prove the parts                                           about 10 minutes on 2 CPU cores'
-	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 3 hours on 2 CPU cores'
+	@echo 'make test      prove the parts                                           about 4 minutes on 2 CPU cores'
+	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 2 hours on 2 CPU cores'
 	@echo 'make setup     only the installation that the others begin with          2 to 10 minutes, once'
 	@echo 'make lint      ruff and mypy                                             1 minute'
 	@echo 'make wheel     the optimizers alone, as dist/racs_alice-*.whl            10 seconds'

@@ -23,7 +23,7 @@ SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt
 .PHONY: help setup train test compare lint wheel sample clean
 
 help:
-	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 5 minutes on 2 CPU cores'
+	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 3 minutes on 2 CPU cores'
 	@echo 'make test      prove the parts                                           about 4 minutes on 2 CPU cores'
 	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 2 hours on 2 CPU cores'
 	@echo 'make setup     only the installation that the others begin with          2 to 10 minutes, once'

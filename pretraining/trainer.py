@@ -197,6 +197,7 @@ class Trainer:
                     self._save()
             if result is None:  # resumed from the last step's checkpoint: its evaluation is in the record
                 result = self._evaluate(again=True)
+            bar.close()  # before other lines are printed
             self._finish(result)
 
     def _step(self, rows: dict[str, Tensor]) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def open_saved(cfg: DictConfig) -> Saved:
                 "or finish the run"
             )
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of a file that loads in no time
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(precision))
         model.to(device)  # type: ignore[arg-type]
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -21,7 +21,7 @@ from optimizers.memory import measured_state_bytes
 from . import checkpoint
 from .evaluation import Evaluation, evaluate, row_losses, target_count
 from .model import build_model
-from .plan import Plan, choose_device, make_optimizer, make_plan, micro_batch_rows, weight_dtype
+from .plan import Plan, make_optimizer, make_plan, micro_batch_rows, weight_dtype
 from .record import RunRecord, environment, read_lines, set_aside
 from .schedule import rate_factor, set_rates
 from .throughput import StepTimer, flops_per_token, peak_flops, peak_memory
@@ -438,6 +438,3 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     logging.disable_progress_bar()  # one of its own for each file, in the middle of ours
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-__all__ = ["NonFiniteLoss", "Trainer", "choose_device", "save_model", "train", "write_text"]

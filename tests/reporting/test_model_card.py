@@ -48,7 +48,7 @@ def test_the_card_states_the_numbers_of_the_record(run):
 
 def test_the_front_matter_is_what_the_hub_reads(run):
     card = ModelCard(write_model_card(run).read_text())
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert {"llama", "alice"} <= set(card.data.tags)
     assert card.data.datasets is None and card.data.license is None
     front = yaml.safe_load((run / "model" / "README.md").read_text().split("---\n")[1])

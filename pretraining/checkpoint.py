@@ -58,13 +58,17 @@ def save(
     return target
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> dict[str, Any]:
     """Put a checkpoint's weights, states and the CPU's random state in place; returns what was saved as ``meta``.
 
+    Args:
+        options: the optimizer's configuration, as ``meta["optimizer"]`` held it when the checkpoint was saved.
+
     Raises:
-        UserError: not a checkpoint, or one of another model or optimizer.
+        UserError: not a checkpoint, or one of another model or optimizer; nothing has been changed then.
     """
     tensors, meta = _read(path)
+    _check_options(path, meta["optimizer"], options)
     _put_weights(path, tensors, model)
     load_optimizer_state(model, optimizer, tensors, meta.pop("numbers"))
     torch.set_rng_state(tensors["random/cpu"])
@@ -80,7 +84,7 @@ def step_of(path: Path) -> int:
     return _read_json(path)["step"]
 
 
-def check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuse states that another method, or the same one with other options, has made.
 
     Rates and weight decay may differ.

@@ -151,8 +151,7 @@ class Trainer:
             raise UserError("the processes see different checkpoints: put run_dir on a filesystem that all nodes share")
         if path is None:
             return 0, 0.0, 0.0
-        meta = checkpoint.load(path, self.model, self.optimizer)
-        checkpoint.check_options(path, meta["optimizer"], self.record.config["optimizer"])
+        meta = checkpoint.load(path, self.model, self.optimizer, self.record.config["optimizer"])
         self.batches.load_state_dict(meta["data"])
         if self.main:
             print(f"resumed from {path}, after step {step}")

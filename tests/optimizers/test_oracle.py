@@ -75,15 +75,6 @@ def make_weight(shape, seed):
     return np.random.default_rng([seed, *shape, 1]).standard_normal(shape)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These matrices are tiny: on a busy machine, threads waiting for each other take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def draws(monkeypatch):
     """The package's random draws, logged in call order (one entry per matrix); empty ones are left out."""

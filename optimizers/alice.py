@@ -1,6 +1,7 @@
 """Alice: adaptive low-dimensional subspace estimation (Algorithm 4 of arXiv 2502.07752)."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ from .low_rank import (
     switch,
     unit_gaussian,
 )
+
+# Alice's options with every part off: from here GaLore, Fira and Apollo start.
+PARTS_OFF: dict[str, Any] = {
+    "leading": 0,
+    "tracking": False,
+    "switching": "none",
+    "compensation": "none",
+    "compensation_scale": 0.0,
+    "limiter": None,
+    "initial_basis": "evd",
+    "tracking_basis": "printed",
+    "fix_signs": False,
+}
 
 
 class Alice(MatrixOptimizer):
@@ -52,6 +66,9 @@ class Alice(MatrixOptimizer):
             "rotated" expresses it in the new one.
         update_times: "printed", t = 1, K, 2K, ...; "zero_based", t = 1, K + 1, 2K + 1, ... as GaLore's code.
         fix_signs: choose the signs of a new basis by those of the old one (see ``linalg.align_signs``).
+        bias_correction: multiply the update by sqrt(1 - beta_2^t) / (1 - beta_1^t), as in Adam; the paper does not.
+        square: side of a square matrix that is projected: its "rows", as the paper's m <= n says, or its "columns", as
+            the code of GaLore, Fira and Apollo does.
         state_dtype: dtype of U, m and v; None for the parameter's, as in the paper. Q~, p and phi are float32.
         seed: of the random switching.
 
@@ -60,6 +77,7 @@ class Alice(MatrixOptimizer):
     """
 
     full_precision = frozenset({"Q", "p", "phi"})
+    moments: ClassVar[dict[str, bool]] = {"m": True, "v": False}
 
     def __init__(
         self,
@@ -82,6 +100,8 @@ class Alice(MatrixOptimizer):
         tracking_basis: str = "printed",
         update_times: str = "printed",
         fix_signs: bool = True,
+        bias_correction: bool = False,
+        square: str = "rows",
         state_dtype: torch.dtype | str | None = None,
         seed: int = 0,
     ) -> None:
@@ -105,6 +125,8 @@ class Alice(MatrixOptimizer):
                 tracking_basis=tracking_basis,
                 update_times=update_times,
                 fix_signs=fix_signs,
+                bias_correction=bias_correction,
+                square=square,
                 state_dtype=state_dtype,
                 seed=seed,
             ),
@@ -172,35 +194,40 @@ class Alice(MatrixOptimizer):
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Lines 11 to 17 of Algorithm 4."""
         beta1, beta2, beta3 = group["betas"]
-        eps = group["eps"]
-        U = state["U"]
+        U = self.basis(G, state, group, ctx)
 
         sigma = U.mT @ G  # line 11
         if group["tracking"]:
             state["Q"] = beta3 * state["Q"] + (1 - beta3) * sigma @ sigma.mT  # line 12
         m = state["m"].mul_(beta1).add_(sigma, alpha=1 - beta1)  # line 13
         v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)  # line 14
-        omega = m / (v.sqrt() + eps)  # line 15
-        low_rank = U @ omega
+        omega = m / (v.sqrt() + group["eps"])  # line 15
+        update = self.compose(G, U, sigma, omega, state, group)  # lines 16 and 17
+        if group["bias_correction"]:
+            update = update * (math.sqrt(1 - beta2**ctx.step) / (1 - beta1**ctx.step))
+        return update
 
-        # Line 16, and the sum of line 17; with r = m nothing is left to compensate for.
+    def basis(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+        """U [B, m, r], as the last refresh left it."""
+        return state["U"]
+
+    def compose(
+        self, G: Tensor, U: Tensor, sigma: Tensor, omega: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> Tensor:
+        """Line 16, and the sum of line 17: U omega + alpha_c C."""
+        low_rank = U @ omega
+        # With r = m nothing is left to compensate for.
         compensation = "none" if U.shape[-1] == U.shape[-2] else group["compensation"]
         if compensation == "none":
             return low_rank
+        gamma, eps = group["limiter"], group["eps"]
         if compensation == "optimal":
+            orthonormal = "gaussian" not in group["switching"]
             C, state["p"], state["phi"] = optimal_compensation(
-                G,
-                U,
-                sigma,
-                state["p"],
-                state["phi"],
-                beta1,
-                group["limiter"],
-                eps,
-                "gaussian" not in group["switching"],
+                G, U, sigma, state["p"], state["phi"], group["betas"][0], gamma, eps, orthonormal
             )
             return low_rank + group["compensation_scale"] * C
-        S, state["phi"] = fira_compensation(G, U, sigma, omega, state["phi"], group["limiter"], eps)
+        S, state["phi"] = fira_compensation(G, U, sigma, omega, state["phi"], gamma, eps)
         if compensation == "fira":
             return low_rank + S
         return low_rank + group["compensation_scale"] * match_norm(S, low_rank)

@@ -9,11 +9,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as functional_adam
+
+from .quantization import dequantize, new_codes, quantize
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
@@ -49,10 +51,14 @@ class Context:
 
         So draws are the same on every rank and device, whatever the batching, and after a resume.
         """
-        return [self._generator(name) for name in self.names]
+        return self.generators_of(self.step)
 
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}/{name}/{self.step}".encode()).digest()
+    def generators_of(self, step: int) -> list[torch.Generator]:
+        """New generators, as they were at the start of ``step``."""
+        return [self._generator(name, step) for name in self.names]
+
+    def _generator(self, name: str, step: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}/{name}/{step}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -77,12 +83,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Subclasses say:
         orient: False if the method treats rows and columns of a tall matrix as they are stored.
         uses_weights: True if ``ctx.W`` is wanted.
+        applies_scale: True if ``direction`` returns what is already multiplied by ``group["scale"]`` where it should be.
+        moments: name -> signed, of the states that ``state_dtype="8bit"`` keeps as block-wise 8-bit codes.
         full_precision: names of states that are always float32 (float64 for float64 parameters); the others have
             ``group["state_dtype"]``, None meaning the parameter's.
     """
 
     orient = True
     uses_weights = False
+    applies_scale = False
+    moments: ClassVar[dict[str, bool]] = {}
     full_precision: frozenset[str] = frozenset()
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -121,6 +131,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if "update_interval" in group:
             check(group, "update_interval", lambda k: k >= 1, "at least 1 step")
             check(group, "update_times", ("printed", "zero_based"))
+        if "square" in group:
+            check(group, "square", ("rows", "columns"))
+        if group.get("state_dtype") == "8bit" and not self.moments:
+            raise ValueError(f"{type(self).__name__} has no 8-bit states; set state_dtype to float32 or bfloat16")
 
     def check_matrix(self, name: str, shape: tuple[int, int], group: dict[str, Any]) -> None:
         """Raise ValueError for a matrix that the method cannot serve."""
@@ -154,7 +168,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 )
             if not p.is_floating_point():
                 raise ValueError(f"{name} has dtype {p.dtype}; freeze it or convert it to a floating-point dtype")
-            self.check_matrix(name, self._oriented(p), group)
+            self.check_matrix(name, self._oriented(p, group), group)
 
     def _names(self, group: dict[str, Any]) -> list[str]:
         """Parameter names, or positions in the whole optimizer where there are none."""
@@ -167,9 +181,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             first += len(other["params"])
         return [f"parameter {first + i}" for i in range(len(group["params"]))]
 
-    def _oriented(self, p: Tensor) -> tuple[int, int]:
+    def _is_turned(self, p: Tensor, group: dict[str, Any]) -> bool:
         rows, columns = p.shape
-        return (columns, rows) if self.orient and rows > columns else (rows, columns)
+        return self.orient and (rows > columns or (rows == columns and group.get("square") == "columns"))
+
+    def _oriented(self, p: Tensor, group: dict[str, Any]) -> tuple[int, int]:
+        rows, columns = p.shape
+        return (columns, rows) if self._is_turned(p, group) else (rows, columns)
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -223,7 +241,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             names.append(name)
         for (shape, _, _, step, _), (params, names) in batches.items():
             per_chunk = max(1, CHUNK_ENTRIES // shape.numel())
-            transposed = self._oriented(params[0]) != tuple(shape)
+            transposed = self._is_turned(params[0], group)
             for i in range(0, len(params), per_chunk):
                 chunk = slice(i, i + per_chunk)
                 yield params[chunk], Context(step, tuple(names[chunk]), transposed, group.get("seed", 0))
@@ -245,7 +263,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         D = self.direction(G, state, group, ctx)
         self._scatter(params, state)
 
-        lr, scale, weight_decay = group["lr"], group.get("scale", 1.0), group["weight_decay"]
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        scale = 1.0 if self.applies_scale else group.get("scale", 1.0)
         for p, d in zip(params, turn(D).unbind(0), strict=True):
             update = d * (lr * scale)
             if weight_decay:
@@ -257,7 +276,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of one parameter at step 0, on its device. On the meta device: shapes and dtypes, no memory."""
-        low = getattr(torch, group["state_dtype"]) if group.get("state_dtype") else p.dtype
+        eight_bit = group.get("state_dtype") == "8bit"
+        low = getattr(torch, group["state_dtype"]) if group.get("state_dtype") and not eight_bit else p.dtype
         if group["adam"]:
             state: dict[str, Any] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -268,19 +288,33 @@ class MatrixOptimizer(torch.optim.Optimizer):
         with torch.device(p.device):
             state = {
                 name: value.to(compute_dtype(p) if name in self.full_precision else low)
-                for name, value in self.init_state(self._oriented(p), group).items()
+                for name, value in self.init_state(self._oriented(p, group), group).items()
             }
+            if eight_bit:
+                for name in self.moments.keys() & state.keys():
+                    state[name], state[f"{name}_absmax"] = new_codes(state[name].shape, self.moments[name])
         return {"step": 0, **state}
 
     def _gather(self, params: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        names = [name for name in self.state[params[0]] if name != "step"]
-        return {name: stack([self.state[p][name] for p in params], dtype) for name in names}
+        first = self.state[params[0]]
+        names = [name for name in first if name != "step" and not name.endswith("_absmax")]
+        return {name: stack([self._load(p, name) for p in params], dtype) for name in names}
+
+    def _load(self, p: Tensor, name: str) -> Tensor:
+        state = self.state[p]
+        if f"{name}_absmax" in state:
+            return dequantize(state[name], state[f"{name}_absmax"], self.moments[name])
+        return state[name]
 
     def _scatter(self, params: list[Tensor], state: dict[str, Tensor]) -> None:
         for name, batch in state.items():
             for p, value in zip(params, batch.unbind(0), strict=True):
                 stored = self.state[p][name]
-                if stored.data_ptr() != value.data_ptr():  # a lone matrix is gathered as a view
+                if f"{name}_absmax" in self.state[p]:
+                    codes, absmax = quantize(value, self.moments[name])
+                    stored.copy_(codes)
+                    self.state[p][f"{name}_absmax"].copy_(absmax)
+                elif stored.data_ptr() != value.data_ptr():  # a lone matrix is gathered as a view
                     stored.copy_(value)
 
     def _adam_step(self, group: dict[str, Any]) -> None:
@@ -349,6 +383,11 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
 def is_update_time(t: int, interval: int, rule: str) -> bool:
     """Is step ``t`` (from 1) one of 1, K, 2K, ... ("printed") or of 1, K + 1, 2K + 1, ... ("zero_based")?"""
     return t == 1 or t % interval == 0 if rule == "printed" else (t - 1) % interval == 0
+
+
+def last_update_time(t: int, interval: int, rule: str) -> int:
+    """The latest update time up to ``t``."""
+    return max(1, t // interval * interval) if rule == "printed" else (t - 1) // interval * interval + 1
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:

@@ -94,15 +94,24 @@ def optimal_compensation(
 
 
 def fira_compensation(
-    G: Tensor, U: Tensor, sigma: Tensor, omega: Tensor, phi: Tensor, gamma: float | None, eps: float
+    G: Tensor,
+    U: Tensor,
+    sigma: Tensor,
+    omega: Tensor,
+    phi: Tensor,
+    gamma: float | None,
+    eps: float,
+    kept: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Fira's residual (Chen et al. 2024), scaled by how much Adam scales the same column of the projection.
+
+    ``kept`` is the part of U sigma that is taken out of G: all of it, but alpha in the published code.
 
     Returns:
         S [B, m, n] after the limiter, and phi.
     """
     scaling = omega.norm(dim=-2) / (sigma.norm(dim=-2) + eps)
-    S = (G - U @ sigma) * scaling.unsqueeze(-2)
+    S = (G - kept * (U @ sigma)) * scaling.unsqueeze(-2)
     return limit_growth(S, phi, gamma)
 
 

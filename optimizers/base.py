@@ -6,8 +6,8 @@ random numbers live here, once.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ class Context:
         names: of the parameters in the batch (their positions, where they were given without names).
         transposed: the batch is turned, m <= n; the stored tensors are taller than wide.
         W: [B, m, n], the weights, for classes with ``uses_weights``.
+        estimate: [B, m, n], what ``update_estimate`` was given for these matrices, if anything (Sophia).
         seed: the group's.
     """
 
@@ -44,6 +45,7 @@ class Context:
     transposed: bool
     seed: int = 0
     W: Tensor | None = None
+    estimate: Tensor | None = None
 
     @cached_property
     def generators(self) -> list[torch.Generator]:
@@ -96,6 +98,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     full_precision: frozenset[str] = frozenset()
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._estimates: Mapping[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     # What an algorithm provides -----------------------------------------------------------------------------------
@@ -206,7 +209,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
             else:
                 for params, ctx in self._batches(group):
                     self._matrix_step(params, group, ctx)
+        self._estimates = {}
         return loss
+
+    def wanted_estimate(self) -> str | None:
+        """The estimate of curvature that the next ``step`` needs: the group's ``estimator`` at its update times."""
+        for group in self.param_groups:
+            if "estimator" in group:
+                next_step = 1 + max((self.state[p]["step"] for p in group["params"] if self.state.get(p)), default=0)
+                if is_update_time(next_step, group["update_interval"], group["update_times"]):
+                    return group["estimator"]
+        return None
+
+    def update_estimate(self, estimates: Mapping[Tensor, Tensor]) -> None:
+        """Give the next ``step`` an estimate of the Hessian's diagonal: parameter -> tensor of its shape."""
+        self._estimates = estimates
 
     def _is_rehearsal(self) -> bool:
         """torch.distributed.checkpoint makes states by a step with rate 0 and zero gradients: it must count for none.
@@ -252,7 +269,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         G = stack([turn(p.grad) for p in params], compute)
         if self.uses_weights:
-            ctx = Context(ctx.step, ctx.names, ctx.transposed, ctx.seed, stack([turn(p) for p in params], compute))
+            ctx = replace(ctx, W=stack([turn(p) for p in params], compute))
+        if self._estimates:
+            ctx = replace(ctx, estimate=stack([turn(self._estimates[p]) for p in params], compute))
 
         if "update_interval" in group and is_update_time(ctx.step, group["update_interval"], group["update_times"]):
             state = self._gather(params, compute)

@@ -16,7 +16,7 @@ class Combined(torch.optim.Optimizer):
 
     Args:
         matrix_optimizer: any torch optimizer.
-        other: any torch optimizer, over other parameters.
+        other: any torch optimizer, over other parameters; None if there are none.
 
     Raises:
         ValueError: a parameter group is added later; nobody could know to which of the two.
@@ -24,8 +24,8 @@ class Combined(torch.optim.Optimizer):
 
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
-    def __init__(self, matrix_optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
-        parts = (matrix_optimizer, other)
+    def __init__(self, matrix_optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer | None = None) -> None:
+        parts = (matrix_optimizer,) if other is None else (matrix_optimizer, other)
         super().__init__([group for part in parts for group in part.param_groups], {})
         for part in parts:
             self.state.update(part.state)
@@ -34,11 +34,11 @@ class Combined(torch.optim.Optimizer):
 
     def _share(self) -> None:
         """Let the two work on this object's state and groups."""
-        first = len(self.optimizers[0].param_groups)
-        self.optimizers[0].param_groups = self.param_groups[:first]
-        self.optimizers[1].param_groups = self.param_groups[first:]
+        first = 0
         for part in self.optimizers:
+            part.param_groups = self.param_groups[first : first + len(part.param_groups)]
             part.state = self.state
+            first += len(part.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.optimizers:

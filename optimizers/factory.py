@@ -1,50 +1,83 @@
 """Any method by its name, in one line."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import libraries
 from .alice import Alice
-from .combined import Combined
+from .apollo import Apollo
+from .eigen_adam import EigenAdam
+from .fira import Fira
+from .galore import GaLore
+from .lamb import LAMB
+from .lars import LARS
+from .low_rank_soap import LowRankSOAP
+from .muon import Muon
+from .normalization import Normalization
 from .partition import partition
 from .racs import RACS
+from .shampoo import Shampoo
+from .soap import SOAP
+from .soap_factored import SOAPFactored
+from .sophia import Sophia
+from .swan import SWAN
+from .whitening import Whitening
 
 _PARTITION = ("last_layer", "adam_lr", "adam_betas", "adam_eps", "matrices", "adam", "adam_weight_decay",
               "adam_state_dtype", "verbose")  # fmt: skip
 
 
-def _adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """The reference: torch's Adam on everything, the other parameters with their own rate."""
-    lr = options.get("lr", 1e-3)
-    for group in groups:
-        if group.pop("state_dtype", None) is not None:
-            raise ValueError("torch's Adam keeps its moments in the parameter's dtype; leave adam_state_dtype out")
-        group["lr"] = lr if group.get("lr") is None else group["lr"]
-    devices = {p.device.type for group in groups for _, p in group["params"]}
-    fused = devices <= {"cpu", "cuda", "mps", "xpu"}
-    return torch.optim.AdamW(groups, **{"weight_decay": 0.0, "lr": lr, **options}, fused=fused)
+def _any(groups: list[dict[str, Any]], target: str, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
+    return libraries.on_matrices(groups, target, lr, **options)
 
 
-def _muon(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """torch's Muon on the matrices, Adam elsewhere."""
-    options = {"lr": 0.02, "weight_decay": 0.0, **options}
-    matrix = torch.optim.Muon(groups[0]["params"], **options)
-    if len(groups) == 1:
-        return matrix
-    other = groups[1]
-    if other["lr"] is None:
-        other["lr"] = options["lr"]
-    return Combined(matrix, _adam([other]))
+def _on_matrices(target: str) -> Callable[..., torch.optim.Optimizer]:
+    return partial(libraries.on_matrices, target=target)
 
 
+# name -> how it is made from partition's groups, and the options that distinguish it from others of its class
 METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
-    "adam": (_adam, {}),
+    "adafactor": (_on_matrices("transformers.optimization.Adafactor"), {"relative_step": False}),
+    "adam": (libraries.adam, {}),
+    "adam_8bit": (_on_matrices("bitsandbytes.optim.AdamW8bit"), {}),
+    "adam_mini": (libraries.adam_mini, {}),
+    "adamw": (libraries.adam, {"weight_decay": 0.1}),
     "alice": (Alice, {}),
     "alice_0": (Alice, {"tracking": False}),
-    "muon": (_muon, {}),
+    "any": (_any, {}),
+    "apollo": (Apollo, {}),
+    "apollo_mini": (Apollo, {"rank": 1, "scaling": "tensor", "scale": 128**0.5}),
+    "apollo_svd": (Apollo, {"projection": "svd"}),
+    "eigen_adam": (EigenAdam, {}),
+    "fira": (Fira, {}),
+    "fira_plus": (Alice, {"tracking": False, "switching": "none", "compensation": "fira_plus"}),
+    "galore": (GaLore, {}),
+    "galore_8bit": (GaLore, {"state_dtype": "8bit"}),
+    "lamb": (LAMB, {}),
+    "lars": (LARS, {}),
+    "lion": (_on_matrices("pytorch_optimizer.Lion"), {}),
+    "low_rank_soap": (LowRankSOAP, {}),
+    "muon": (Muon, {}),
+    "muon_paper": (
+        Muon,
+        {"momentum": 0.9, "nesterov": False, "orthogonalization": "newton_schulz", "adjust_lr_fn": "none"},
+    ),
+    "normalization": (Normalization, {}),
     "racs": (RACS, {}),
+    "racs_no_ema": (RACS, {"beta": 0.0}),
+    "sgd": (_on_matrices("torch.optim.SGD"), {}),
+    "shampoo": (Shampoo, {}),
+    "signum": (_on_matrices("pytorch_optimizer.SignSGD"), {}),
+    "soap": (SOAP, {}),
+    "soap_factored": (SOAPFactored, {}),
+    "sophia_g": (Sophia, {"estimator": "gauss_newton_bartlett", "gamma": 0.05}),
+    "sophia_h": (Sophia, {}),
+    "swan": (SWAN, {}),
+    "whitening": (Whitening, {}),
 }
 
 
@@ -52,9 +85,10 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
     """The optimizer called ``name`` for all of ``model``: ``create("alice", model, rank=64, adam_lr=0.005)``.
 
     Args:
-        name: adam, alice, alice_0, muon, racs.
+        name: one of ``METHODS``.
         model: any module.
-        **options: keywords of :func:`optimizers.partition` and of the method's class.
+        **options: keywords of :func:`optimizers.partition` and of the method's class. ``any`` takes ``target``, the class
+            to use on the matrices as "package.Class", ``lr``, and ``options``, its other keywords.
 
     Raises:
         ValueError: an unknown name, or an option out of its range.
@@ -64,4 +98,6 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
         raise ValueError(f"no optimizer is called {name!r}; choose one of {', '.join(sorted(METHODS))}")
     build, preset = METHODS[name]
     groups = partition(model, **{key: options.pop(key) for key in _PARTITION if key in options})
+    if build is libraries.adam_mini:  # whose blocks follow the model's heads
+        options["model"] = model
     return build(groups, **{**preset, **options})

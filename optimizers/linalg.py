@@ -1,9 +1,43 @@
-"""Eigenvectors, subspace iteration and complement bases, for batches of matrices."""
+"""Eigenvectors, inverse roots, orthogonal factors, subspace iteration and complement bases, for batches of matrices."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .base import Context
+
+# Muon's polynomial a x + b x^3 + c x^5: steepest at 0 among those that keep singular values near 1.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class NoConvergenceError(torch.linalg.LinAlgError):
+    """Every attempt at the eigenvectors of a finite matrix failed; see :func:`or_previous`."""
+
+
+def unit_scale(X: Tensor) -> Tensor:
+    """``X`` [B, m, n] divided by its largest absolute entry, matrix by matrix; 0 stays 0.
+
+    Gradients of 1e-20 have squares that float32 cannot hold. Methods that do not depend on the scale lose nothing.
+    """
+    return X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+
+
+def unit_norm(X: Tensor) -> Tensor:
+    """``X`` [B, m, n] divided by its Frobenius norm, matrix by matrix; 0 stays 0."""
+    X = unit_scale(X)
+    return X / X.flatten(1).norm(dim=1).clamp_min(torch.finfo(X.dtype).tiny)[:, None, None]
+
+
+def bounded(G: Tensor) -> Tensor:
+    """``G`` [B, m, n], scaled down where an entry exceeds the cube root of what its dtype can hold (7e12 in float32).
+
+    Methods that keep averages or sums of squares apply it, so that no gradient can make a state infinite: sums of
+    10^12 squares still fit. Other gradients are returned unchanged, to the bit.
+    """
+    limit = torch.finfo(G.dtype).max ** (1 / 3)
+    return G * (limit / G.abs().amax(dim=(-2, -1), keepdim=True)).clamp(max=1.0)
 
 
 def thin_qr(H: Tensor) -> Tensor:
@@ -24,26 +58,131 @@ def top_eigenvectors(A: Tensor, r: int) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: ``A`` has entries that are not finite, or no solver converges.
     """
-    # Gradients of 1e-20 square to something that float32 cannot hold; eigenvectors do not depend on the scale.
-    A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
-    return _eigh((A + A.mT) / 2).flip(-1)[..., :r].contiguous()
+    A = unit_scale(A)
+    return _eigh((A + A.mT) / 2)[1].flip(-1)[..., :r].contiguous()
 
 
-def _eigh(A: Tensor) -> Tensor:
-    """Eigenvectors in ascending order, with one retry of the batch in float64 on the CPU.
+def inverse_root(A: Tensor, power: float) -> Tensor:
+    """``A`` to the power -``power``, for symmetric positive semi-definite ``A`` [B, m, m].
 
-    Ill-conditioned or low-precision covariances make some solvers give up (a complaint of GaLore's users);
-    the slow, reliable one then saves the run.
+    Eigenvalues below the rounding error of the largest are raised to it: what a singular matrix does not determine
+    stays finite. A = 0 gives the identity.
+
+    Raises:
+        torch.linalg.LinAlgError: ``A`` has entries that are not finite, or no solver converges.
+    """
+    largest = A.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = largest.where(largest != 0, 1.0)
+    A = A / largest
+    values, vectors = _eigh((A + A.mT) / 2)
+    floor = torch.finfo(A.dtype).eps * values[..., -1:]
+    roots = values.maximum(floor).where(floor > 0, 1.0).pow(-power).unsqueeze(-2)
+    return (vectors * (roots * largest.pow(-power))) @ vectors.mT
+
+
+def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in ascending order and eigenvectors: as is, in float64 on the CPU, then with a jitter as well.
+
+    Ill-conditioned or low-precision covariances make some solvers give up (a complaint of GaLore's users); the
+    slow, reliable one then saves the run.
+
+    Args:
+        A: [B, m, m], symmetric, its largest entry about 1.
+
+    Raises:
+        NoConvergenceError: nothing helped.
+        torch.linalg.LinAlgError: ``A`` has entries that are not finite.
     """
     try:
-        return torch.linalg.eigh(A).eigenvectors
+        return tuple(torch.linalg.eigh(A))
     except torch.linalg.LinAlgError:
         if not torch.isfinite(A).all():
             raise torch.linalg.LinAlgError(
                 "the gradient covariance has entries that are not finite: the loss has diverged; "
                 "lower the learning rate or clip the gradient"
             ) from None
-        return torch.linalg.eigh(A.cpu().double()).eigenvectors.to(A)
+    wide = A.cpu().double()
+    for jitter in (0.0, 1e-10):
+        try:
+            values, vectors = torch.linalg.eigh(wide + jitter * torch.eye(A.shape[-1], dtype=wide.dtype, device="cpu"))
+            return values.to(A), vectors.to(A)
+        except torch.linalg.LinAlgError:
+            continue
+    raise NoConvergenceError(
+        f"no eigen-solver converged for a matrix {list(A.shape[-2:])} with finite entries, nor in float64 with a "
+        "jitter; lower the learning rate or clip the gradient"
+    )
+
+
+def or_previous(solve: Callable[[], Tensor], previous: Tensor, ctx: Context, first: Tensor | None = None) -> Tensor:
+    """What ``solve`` returns, or ``previous`` with a warning if no eigen-solver converged: the run goes on.
+
+    Args:
+        solve: computes a basis (or root) [B, m, r]; errors about entries that are not finite are not caught.
+        previous: [B, m, r], the one of the last refresh.
+        ctx: names the matrices, and tells whether there was a refresh before.
+        first: stands for ``previous`` at the first step; None for the first r unit vectors.
+    """
+    try:
+        return solve()
+    except NoConvergenceError as error:
+        instead = "the previous basis" if ctx.step > 1 else "a start that looks at no gradient"
+        warnings.warn(
+            f"{', '.join(ctx.names)}, step {ctx.step}: {error} (this run goes on with {instead})", stacklevel=2
+        )
+    if ctx.step > 1:
+        return previous
+    return torch.eye(*previous.shape[-2:]).to(previous).expand_as(previous).clone() if first is None else first
+
+
+def newton_schulz(A: Tensor, iterations: int) -> Tensor:
+    """A^(-1/2) by the coupled iteration of App. B.8: Y to A^(1/2) and Z to A^(-1/2), up to the scale.
+
+    Args:
+        A: [B, m, m], positive semi-definite, its largest entry about 1.
+        iterations: 5 in the paper. Eigenvalues below about (4/9)^iterations times the norm have not converged: their
+            inverse roots come out too small. Those of a singular matrix stay finite.
+    """
+    norm = A.flatten(1).norm(dim=1).clamp_min(torch.finfo(A.dtype).tiny)[:, None, None]
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    Y, Z = A / norm, eye.expand_as(A)
+    for _ in range(iterations):
+        T = (3 * eye - Z @ Y) / 2
+        Y, Z = Y @ T, T @ Z
+    return Z / norm.sqrt()
+
+
+def quintic(X: Tensor, steps: int, eps: float) -> Tensor:
+    """Muon's orthogonalisation (Jordan et al. 2024): singular values go to about 0.7 to 1.2, whatever they were.
+
+    Args:
+        X: [B, m, n], m <= n; its dtype is the one computed in.
+        steps: of the iteration, 5 as a rule.
+        eps: the least Frobenius norm to divide by.
+    """
+    a, b, c = QUINTIC
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # now no singular value exceeds 1
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+def power_step(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    """One power iteration and QR from the complete basis ``U``, as SOAP's code refreshes its bases.
+
+    Args:
+        A: [B, m, m], symmetric.
+        U: [B, m, m], orthonormal.
+
+    Returns:
+        The new basis, and order [B, m]: the columns of ``U`` sorted by their Rayleigh quotients, largest first,
+        which is how quantities kept in the old basis have to be permuted.
+    """
+    AU = unit_scale(A) @ U
+    order = (U * AU).sum(-2).argsort(dim=-1, descending=True)
+    return thin_qr(AU.gather(-1, order.unsqueeze(-2).expand_as(AU))), order
 
 
 def subspace_iteration(A: Callable[[Tensor], Tensor], U: Tensor, steps: int = 1) -> Tensor:

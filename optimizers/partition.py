@@ -103,12 +103,12 @@ def partition(
 def describe(groups: list[dict[str, Any]]) -> str:
     """Two lines: what the matrix method gets, by shape, and what Adam gets, by name."""
     lines = []
-    for group in groups:
-        named = list(group["params"])
-        if named and isinstance(named[0], Tensor):
-            named = list(zip(group.get("param_names", [""] * len(named)), named, strict=True))
+    for adam in (False, True):
+        named = [pair for group in groups if bool(group.get("adam")) == adam for pair in _named(group)]
+        if not named:
+            continue
         total = sum(p.numel() for _, p in named)
-        if group.get("adam"):
+        if adam:
             kinds = Counter(name.removesuffix(".weight").split(".")[-1] for name, _ in named)
             what = ", ".join(f"{count} {name}" if count > 1 else name for name, count in kinds.items())
             lines.append(f"Adam:   {len(named):4d} tensors,  {total:13,} parameters ({what})")
@@ -117,6 +117,13 @@ def describe(groups: list[dict[str, Any]]) -> str:
             what = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
             lines.append(f"matrix: {len(named):4d} matrices, {total:13,} parameters ({what})")
     return "\n".join(lines)
+
+
+def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    params = list(group["params"])
+    if params and isinstance(params[0], Tensor):
+        return list(zip(group.get("param_names", [""] * len(params)), params, strict=True))
+    return params
 
 
 def _output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor | None:

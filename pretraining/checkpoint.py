@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from data.errors import UserError
 
 PREFIX = "step-"
+COUNTERS = ("step", "k")  # entries of parameter groups in which libraries count steps
 
 
 def save(
@@ -154,15 +155,33 @@ def _put_weights(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> No
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """States as flat tensors ``optimizer/<parameter>/<state>``, and those that are Python numbers, by parameter."""
+    """States as flat tensors ``optimizer/<parameter>/<state>``, and those that are Python numbers, by parameter.
+
+    Some libraries count steps in the groups: these numbers are kept under ``group <i>``.
+
+    Raises:
+        UserError: a library keeps states of another kind.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
+    stored: set[int] = set()
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
-            else:
+                shared = value.untyped_storage().data_ptr() in stored  # safetensors keeps no two names of one tensor
+                tensors[f"optimizer/{name}/{key}"] = value.clone() if shared else value
+                stored.add(value.untyped_storage().data_ptr())
+            elif value is None or isinstance(value, (bool, int, float, str)):
                 numbers.setdefault(name, {})[key] = value
+            else:
+                raise UserError(
+                    f"the optimizer keeps a {type(value).__name__} ({key}) for {name}, which checkpoints cannot hold: "
+                    "set trainer.save_every=0"
+                )
+    for i, group in enumerate(optimizer.param_groups):
+        counters = {key: group[key] for key in COUNTERS if isinstance(group.get(key), int)}
+        if counters:
+            numbers[f"group {i}"] = counters
     return tensors, numbers
 
 
@@ -181,6 +200,8 @@ def load_optimizer_state(
             name, _, state = rest.rpartition("/")
             by_name.setdefault(name, {})[state] = value
     state_dict = optimizer.state_dict()
+    for i, group in enumerate(state_dict["param_groups"]):
+        group.update(by_name.get(f"group {i}", {}))
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state_dict["state"] = {i: by_name[names[p]] for i, p in enumerate(ordered) if names[p] in by_name}
     optimizer.load_state_dict(state_dict)

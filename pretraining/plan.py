@@ -49,7 +49,7 @@ def make_plan(cfg: DictConfig) -> Plan:
 
     parameters = parameter_count(model)
     weights = parameters * dtype.itemsize
-    sizes = state_bytes(optimizer)
+    states = _states(optimizer)
     warnings = tuple(_warnings(cfg, precision, optimizer))
     t, rows, length = cfg.trainer, cfg.trainer.batch_size, cfg.data.length
     tokens = rows * length
@@ -64,8 +64,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         "schedule": f"warm-up {warmup:,} steps from 0, cosine to {t.min_lr_ratio:g} of the rate",
         "data": f"{_data(cfg)}, tokenizer {cfg.tokenizer}, seed {cfg.seed}",
         "precision": f"{precision} on {device.type}" + (" (chosen by auto)" if t.precision == "auto" else ""),
-        "memory": f"weights {_bytes(weights)}, gradients {_bytes(weights)}, optimizer states {_bytes(sum(sizes))}"
-        f" ({' + '.join(_bytes(size) for size in sizes)}), without activations",
+        "memory": f"weights {_bytes(weights)}, gradients {_bytes(weights)}, optimizer states {states}, without activations",
         "run_dir": str(cfg.run_dir),
     }
     text = "\n".join(f"{name.strip():10s} {line}" for name, line in lines.items())
@@ -136,6 +135,16 @@ def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer)
             )
     if cfg.trainer.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         yield "the batch does not divide evenly among the processes; some will do a row more than others"
+
+
+def _states(optimizer: torch.optim.Optimizer) -> str:
+    """Bytes of optimizer states, matrices + others."""
+    try:
+        sizes = state_bytes(optimizer)
+    except ValueError:
+        return "unknown before the first step"
+    others = sum(size for size, group in zip(sizes, optimizer.param_groups, strict=True) if group.get("adam"))
+    return f"{_bytes(sum(sizes))} ({_bytes(sum(sizes) - others)} + {_bytes(others)})"
 
 
 def _options(cfg: DictConfig) -> str:

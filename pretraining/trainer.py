@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import zlib
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from data.errors import UserError
 from optimizers.memory import measured_state_bytes
 
 from . import checkpoint
+from .curvature import hutchinson, label_gradient
 from .evaluation import Evaluation, evaluate, row_losses, target_count
 from .model import build_model
 from .plan import Plan, make_optimizer, make_plan, micro_batch_rows, weight_dtype
@@ -219,6 +221,7 @@ class Trainer:
             )
         self.timer.start()
         try:
+            self._estimate_curvature(rows, targets)
             self.optimizer.step()
         except torch.linalg.LinAlgError as error:
             raise NonFiniteLoss(f"no eigenvectors at step {self.done + 1}: {error}") from error
@@ -234,21 +237,46 @@ class Trainer:
 
     def _backward(self, rows: dict[str, Tensor], targets: Tensor) -> Tensor:
         """Accumulate the gradient of the mean loss over all ``targets``; returns this rank's summed loss."""
-        ids, labels = rows["input_ids"], rows["labels"]
-        size = micro_batch_rows(self.cfg, len(ids), self.device)
+        pieces = self._pieces(rows)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         # DDP divides by the number of ranks what has to be divided by the number of all target tokens.
         weight = self.accelerator.num_processes / targets.clamp_min(1)
-        pieces = list(zip(ids.split(size), labels.split(size), strict=True))
-        for i, (some_ids, some_labels) in enumerate(pieces):
+        for i, (ids, labels) in enumerate(pieces):
             last = i == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.autocast():
-                    logits = self.wrapped(input_ids=some_ids.to(self.device)).logits
-                    loss = row_losses(logits, some_labels.to(self.device)).sum()
+                    logits = self.wrapped(input_ids=ids.to(self.device)).logits
+                    loss = row_losses(logits, labels.to(self.device)).sum()
                 (loss * weight).backward()
             total += loss.detach()
         return total
+
+    def _pieces(self, rows: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """This rank's rows in micro-batches of input ids and labels, still on the host."""
+        size = micro_batch_rows(self.cfg, len(rows["input_ids"]), self.device)
+        return list(zip(rows["input_ids"].split(size), rows["labels"].split(size), strict=True))
+
+    def _estimate_curvature(self, rows: dict[str, Tensor], targets: Tensor) -> None:
+        """Give an optimizer that wants it (Sophia) an estimate of the Hessian's diagonal, over all rows of the step."""
+        kind = getattr(self.optimizer, "wanted_estimate", lambda: None)()
+        if kind is None:
+            return
+        params = [p for group in self.optimizer.param_groups if "estimator" in group for p in group["params"]]
+        common = kind == "hutchinson"  # one u on all ranks, but labels drawn by each for its own rows
+        seed = f"{self.cfg.seed}/{self.done}/{0 if common else self.accelerator.process_index}"
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(seed.encode()))
+
+        def logits(ids: Tensor) -> Tensor:
+            with self.autocast():
+                return self.model(input_ids=ids).logits
+
+        pieces = [(ids.to(self.device), labels.to(self.device)) for ids, labels in self._pieces(rows)]
+        found = (hutchinson if common else label_gradient)(logits, pieces, params, generator)
+        B = targets.clamp_min(1)
+        means = [self._sum(total) / B for total in found]
+        self.optimizer.update_estimate(
+            {p: mean if common else B * mean.square() for p, mean in zip(params, means, strict=True)}
+        )
 
     def _sum(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x, reduction="sum") if self.accelerator.num_processes > 1 else x

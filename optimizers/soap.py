@@ -1,0 +1,151 @@
+"""SOAP: Adam in both eigenbases of Shampoo (Algorithm 6 of arXiv 2502.07752; Vyas et al. 2024)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Context, MatrixOptimizer, check, is_update_time
+from .eigen_adam import bias_correction
+from .linalg import align_signs, bounded, or_previous, power_step, top_eigenvectors
+
+BASES = (("L", "U_L"), ("R", "U_R"))
+
+
+class SOAP(MatrixOptimizer):
+    r"""Adam's second moment in the eigenbases of the two gradient covariances (AdaDiag++).
+
+    Each matrix W [m, n], m <= n (a taller one is transposed), is updated by
+
+    .. math:: W \leftarrow W - \lambda U_L \frac{U_L^\top m U_R}{\sqrt{v} + \epsilon} U_R^\top, \qquad
+        m = \mathrm{EMA}_{\beta_1}(G),\; v = \mathrm{EMA}_{\beta_2}((U_L^\top G U_R)^2),
+
+    with the eigenvectors U_L [m, m], U_R [n, n] of L = EMA(G G^T), R = EMA(G^T G), both with beta_3. State: these
+    four, m and v [m, n]; 2 m^2 + 2 n^2 + 2mn numbers. Leave matrices with a side of 10^4 to Adam.
+
+    ``form="paper"`` is Algorithm 6: this step's bases, by EVD; v is not turned with them; no bias correction.
+    ``form="published"`` is the algorithm of Vyas et al.'s code: step 1 only sets up L, R and the bases; later steps
+    use the bases that the step before left, correct the bias with t - 1, then update L and R; at update times, one
+    power iteration and QR refresh the bases, whose columns are sorted by estimated eigenvalue, v with them. That code
+    also decays the weights after the update, not before, and not at step 1, and has an identity for the basis of a side
+    above 10^4.
+
+    Args:
+        params: tensors [m, n], ``(name, tensor)`` pairs, or groups such as :func:`optimizers.partition` returns.
+        lr: lambda.
+        form: "paper" or "published".
+        betas: beta_1 of m, beta_2 of v, beta_3 of L and R. Vyas et al. use one number for beta_2 and beta_3.
+        update_interval: K, steps between refreshes of the bases.
+        update_times: "printed", t = 1, K, 2K, ...; "zero_based", t = 1, K + 1, 2K + 1, ...; None for the first in
+            the form "paper" and the second in "published".
+        fix_signs: in the form "paper", choose the signs of new bases by those of the old ones. That changes the
+            bases only: neither v nor the update depends on them.
+        eps: added to the square root of v (the paper prints none).
+        weight_decay: decoupled, multiplied by lr; at step 1 as well.
+        state_dtype: dtype of U_L, U_R, m and v; None for the parameter's. L and R are float32.
+
+    Raises:
+        ValueError: an option out of its range, or a tensor that is not a matrix.
+        torch.linalg.LinAlgError: the gradient is not finite.
+    """
+
+    full_precision = frozenset({"L", "R"})
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        *,
+        form: str = "paper",
+        betas: tuple[float, float, float] = (0.95, 0.95, 0.95),
+        update_interval: int = 10,
+        update_times: str | None = None,
+        fix_signs: bool = True,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                form=form,
+                betas=tuple(betas),
+                update_interval=update_interval,
+                update_times=update_times or ("zero_based" if form == "published" else "printed"),
+                fix_signs=fix_signs,
+                eps=eps,
+                weight_decay=weight_decay,
+                state_dtype=state_dtype,
+            ),
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check(group, "form", ("paper", "published"))
+        check(group, "betas", lambda b: len(b) == 3 and all(0 <= x < 1 for x in b), "three numbers in [0, 1)")
+
+    def init_state(self, shape: tuple[int, int], group: dict[str, Any]) -> dict[str, Tensor]:
+        m, n = shape
+        squares = {"L": torch.zeros(m, m), "R": torch.zeros(n, n)}
+        bases = {"U_L": torch.zeros(m, m), "U_R": torch.zeros(n, n)}
+        return {**squares, **bases, "m": torch.zeros(m, n), **self.init_second_moment(m, n)}
+
+    def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
+        """U_L = EVD(L) and U_R = EVD(R), with the L and R that ``direction`` will store for this step."""
+        if group["form"] == "published" and ctx.step > 1:
+            return  # its later refreshes come after the update
+        for (name, basis), gram in zip(BASES, gram_matrices(bounded(G)), strict=True):
+            A = state[name].lerp(gram, 1 - group["betas"][2])
+            U = or_previous(partial(top_eigenvectors, A, A.shape[-1]), state[basis], ctx)
+            state[basis] = align_signs(U, state[basis]) if group["fix_signs"] and ctx.step > 1 else U
+
+    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+        """Algorithm 6 but for the bases, or a step of the published form."""
+        G, published = bounded(G), group["form"] == "published"
+        if published and ctx.step == 1:
+            update = torch.zeros_like(G)
+        else:
+            update = self.adam(G, state, group)
+        for (name, _), gram in zip(BASES, gram_matrices(G), strict=True):
+            state[name].lerp_(gram, 1 - group["betas"][2])
+
+        if published and ctx.step > 1:
+            update *= bias_correction(ctx.step - 1, *group["betas"][:2])
+            if is_update_time(ctx.step, group["update_interval"], group["update_times"]):
+                orders = []
+                for name, basis in BASES:
+                    state[basis], order = power_step(state[name], state[basis])
+                    orders.append(order)
+                self.permute(state, *orders)
+        return update
+
+    def adam(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """Adam in the bases of ``state``, back in the original space."""
+        beta1, beta2, _ = group["betas"]
+        U_L, U_R = state["U_L"], state["U_R"]
+        m = state["m"].mul_(beta1).add_(G, alpha=1 - beta1)
+        root_v = self.second_moment(U_L.mT @ G @ U_R, state, beta2)
+        return U_L @ ((U_L.mT @ m @ U_R) / (root_v + group["eps"])) @ U_R.mT
+
+    # How the second moment is stored -----------------------------------------------------------------------------
+
+    def init_second_moment(self, m: int, n: int) -> dict[str, Tensor]:
+        """Its states for a matrix [m, n]."""
+        return {"v": torch.zeros(m, n)}
+
+    def second_moment(self, sigma: Tensor, state: dict[str, Tensor], beta2: float) -> Tensor:
+        """Average in the square of the rotated gradient ``sigma`` [B, m, n]; returns the square root."""
+        return state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2).sqrt()
+
+    def permute(self, state: dict[str, Tensor], left: Tensor, right: Tensor) -> None:
+        """Follow the columns of U_L, now in the order ``left`` [B, m], and of U_R, ``right`` [B, n]."""
+        v = state["v"]
+        v = v.gather(-2, left.unsqueeze(-1).expand_as(v))
+        state["v"] = v.gather(-1, right.unsqueeze(-2).expand_as(v))
+
+
+def gram_matrices(G: Tensor) -> tuple[Tensor, Tensor]:
+    """G G^T [B, m, m] and G^T G [B, n, n]."""
+    return G @ G.mT, G.mT @ G

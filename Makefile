@@ -17,7 +17,7 @@ else
 RUN := .venv/bin/python
 endif
 SETUP := @scripts/setup.sh requirements.txt
-SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt
+SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt requirements-oracles.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test compare lint wheel sample clean

@@ -43,7 +43,7 @@ def _on_matrices(target: str) -> Callable[..., torch.optim.Optimizer]:
 METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "adafactor": (_on_matrices("transformers.optimization.Adafactor"), {"relative_step": False}),
     "adam": (libraries.adam, {}),
-    "adam_8bit": (_on_matrices("bitsandbytes.optim.AdamW8bit"), {}),
+    "adam_8bit": (_on_matrices("bitsandbytes.optim.AdamW8bit"), {"weight_decay": 0.0}),
     "adam_mini": (libraries.adam_mini, {}),
     "adamw": (libraries.adam, {"weight_decay": 0.1}),
     "alice": (Alice, {}),

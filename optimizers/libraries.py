@@ -116,5 +116,5 @@ def adam_mini(groups: list[dict[str, Any]], model: nn.Module, lr: float | Tensor
 
 def _widen_block_means(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for state in optimizer.state.values():
-        if state["vmean"].dtype in (torch.bfloat16, torch.float16):
+        if "vmean" in state and state["vmean"].dtype in (torch.bfloat16, torch.float16):
             state["vmean"] = state["vmean"].float()

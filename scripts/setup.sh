@@ -36,9 +36,10 @@ import importlib.util
 import re
 import sys
 
-modules = {"hydra-core": "hydra"}
-optional = {"wandb", "tensorboard", "mypy", "ruff", "types-PyYAML", "setuptools"}
-lines = [line for path in sys.argv[1:] for line in open(path) if line.strip() and not line.startswith("#")]
+modules = {"hydra-core": "hydra", "pytorch-optimizer": "pytorch_optimizer", "adam-mini": "adam_mini"}
+optional = {"wandb", "tensorboard", "mypy", "ruff", "types-PyYAML", "setuptools", *modules} - {"hydra-core"}
+optional |= {"bitsandbytes"}
+lines = [line for path in sys.argv[1:] if "oracles" not in path for line in open(path) if line.strip() and not line.startswith("#")]
 names = [re.split("[=<>~! \n]", line)[0] for line in lines]
 missing = [n for n in names if n not in optional and importlib.util.find_spec(modules.get(n, n)) is None]
 if missing:
@@ -80,7 +81,12 @@ if [ -z "$usable" ]; then
 fi
 { date; "$venv/bin/python" --version; } >"$log" 2>&1
 requirements=()
-for file in "$@"; do requirements+=(-r "$file"); done
+alone=()   # what tests compare with declares dependencies that the comparison does not need (torchvision, scipy)
+for file in "$@"; do
+    if [ "$file" = requirements-oracles.txt ]; then alone=(-r "$file"); else requirements+=(-r "$file"); fi
+done
 # shellcheck disable=SC2086  # PIP_ARGS is a list of words
-"$venv/bin/python" -m pip install --disable-pip-version-check --no-input ${PIP_ARGS:-} "${requirements[@]}" >>"$log" 2>&1
+install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input ${PIP_ARGS:-} "$@" >>"$log" 2>&1; }
+install "${requirements[@]}"
+[ ${#alone[@]} -eq 0 ] || install --no-deps "${alone[@]}"
 for file in "$@"; do fingerprint "$file" >"$venv/.setup-$file"; done

@@ -14,14 +14,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
-from optimizers import RACS, Alice, create
+from optimizers import METHODS, create
 from pretraining import config
 from pretraining.config import CONFIGS, choices, compose, run_door, validate
+from pretraining.model import build_model
 
 TABLES = json.loads((CONFIGS.parent / "results" / "paper" / "tables.json").read_text())
 SIZES = {"60M": "llama_60m", "130M": "llama_130m", "350M": "llama_350m", "1.3B": "llama_1b"}
-PAPER_METHODS = ("adam", "racs", "alice", "alice_0")
-QUICK_METHODS = ("adam", "muon", "racs", "alice", "alice_0")
+PAPER_METHODS = ("adam", "galore", "fira", "racs", "alice", "alice_0")
 QUICK = ["experiment=quickstart"]
 
 
@@ -41,6 +41,14 @@ def published(method: str, size: str) -> dict[str, Any]:
             "scale": row["alpha"],
             "limiter": 1.01,
             "iterations": 5,
+        }
+    if method in ("galore", "fira"):
+        row = dict(zip(TABLES["table7"]["columns"], TABLES["table7"]["rows"][size], strict=True))
+        return {
+            "lr": row["learning_rate"],
+            "scale": row["update_scale"],
+            "rank": row["rank"],
+            "update_interval": row["update_interval"],
         }
     row = dict(zip(TABLES["table11"]["columns"], TABLES["table11"]["rows"][size], strict=True))
     tracked = method == "alice"
@@ -93,10 +101,12 @@ def test_the_command_the_project_exists_for() -> None:
     assert cfg.tokenizer == "t5-base" and cfg.run_dir == "runs/paper/llama_1b-alice-s42"
 
 
-@pytest.mark.parametrize("model", ["llama_tiny", "llama_tiny_4k"])
-@pytest.mark.parametrize("method", QUICK_METHODS)
+@pytest.mark.parametrize(
+    ("method", "model"), [*((name, "llama_tiny") for name in METHODS), ("alice", "llama_tiny_4k")]
+)
 def test_quickstart_finds_the_recipe_of_its_method_and_model(method: str, model: str) -> None:
-    cfg = compose([*QUICK, f"optimizer={method}", f"model={model}"])
+    given = ["optimizer.target=torch.optim.RMSprop", "optimizer.lr=0.01"] if method == "any" else []
+    cfg = compose([*QUICK, f"optimizer={method}", f"model={model}", *given])
     validate_except_data(cfg)
     assert cfg.recipe == f"{method}-{model}" and cfg.optimizer.name == method
     assert cfg.trainer.steps == 300 and cfg.trainer.batch_size == 16 and cfg.trainer.precision == "auto"
@@ -111,7 +121,7 @@ def test_recipe_files_name_themselves_and_belong_to_existing_choices() -> None:
         if name != "none":
             method, model = name.rsplit("-", 1)
             assert method in choices("optimizer") and model in choices("model")
-            unknown = set(recipe.optimizer) - set(OmegaConf.load(CONFIGS / "optimizer" / f"{method}.yaml"))
+            unknown = set(recipe.get("optimizer", {})) - set(OmegaConf.load(CONFIGS / "optimizer" / f"{method}.yaml"))
             assert not unknown, f"{name} sets keys that {method} does not have"
 
 
@@ -123,27 +133,44 @@ def test_file_and_name_agree(group: str) -> None:
 @pytest.mark.parametrize("method", choices("optimizer"))
 def test_optimizer_files_hold_options_that_the_method_takes(method: str) -> None:
     options = OmegaConf.to_container(OmegaConf.load(CONFIGS / "optimizer" / f"{method}.yaml"))
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-    optimizer = create(
-        options.pop("name"),
-        model,
-        verbose=False,
-        **(options | {"rank": 2, "leading": 1} if "rank" in options else options),
-    )
+    model = build_model(compose(QUICK).model, device="meta", dtype=torch.float32)
+    if method == "any":
+        options |= {"target": "torch.optim.RMSprop", "lr": 0.1, "options": {"alpha": 0.5}}
+    small = {key: 2 for key in ("rank", "leading") if options.get(key, 1) != 1 and key in options}
+    optimizer = create(options.pop("name"), model, verbose=False, **(options | small))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize(("method", "cls"), [("alice", Alice), ("racs", RACS)])
-def test_optimizer_files_and_signatures_have_the_same_defaults(method: str, cls: type) -> None:
+OURS = {name: build for name, (build, _) in METHODS.items() if isinstance(build, type)}
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_optimizer_files_and_signatures_have_the_same_defaults(method: str) -> None:
     options = OmegaConf.to_container(OmegaConf.load(CONFIGS / "optimizer" / f"{method}.yaml"))
-    for name, parameter in inspect.signature(cls).parameters.items():
+    preset = METHODS[method][1]
+    # what a name stands for, beyond the options that make it: the paper's or the published code's values
+    own = {
+        "alice_0": {"betas": [0.9, 0.9, 0.0]},
+        "fira_plus": {"betas": [0.9, 0.9, 0.0]},
+        "apollo": {"limiter": 1.01},
+        "apollo_mini": {"limiter": 1.01, "scale": 11.3137085},
+        "apollo_svd": {"limiter": 1.01},
+        "muon_paper": {"ns_dtype": "float32"},
+    }.get(method, {})
+    for name, parameter in inspect.signature(OURS[method]).parameters.items():
         if name == "seed":
             assert options.pop(name) == "${seed}"  # the run's, so that repetitions draw other directions
         elif name != "params":
             default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-            assert options.pop(name) == default, name
+            assert options.pop(name) == own.get(name, preset.get(name, default)), name
     assert set(options) == {"name", "last_layer", "adam_lr", "adam_betas", "adam_eps", "adam_state_dtype"}
+
+
+def test_every_method_has_a_file_and_a_quickstart_recipe() -> None:
+    assert sorted(METHODS) == choices("optimizer")
+    recipes = set(choices("recipe"))
+    assert not {f"{name}-{model}" for name in METHODS for model in ("llama_tiny", "llama_tiny_4k")} - recipes
 
 
 def test_experiments_set_no_hyper_parameters_of_methods() -> None:
@@ -215,7 +242,7 @@ def validate_except_data(cfg: DictConfig) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer=soapy"], ["optimizer=soapy", "adam, alice, alice_0", "racs"]),
+        (["optimizer=soapy"], ["optimizer=soapy", "mean soap?", "adam_mini, adamw, alice, alice_0", "racs"]),
         (["model=llama_2b"], ["model=llama_2b", "Did you mean", "llama_1b", "llama_tiny_4k"]),
         (["experiment=quickstrat"], ["Did you mean quickstart"]),
         (["recipe=alice-llama_1"], ["Did you mean alice-llama_1b"]),
@@ -270,7 +297,7 @@ def test_what_cannot_be_composed_is_explained(overrides: list[str], words: list[
         (["model.num_attention_heads=7"], "multiple"),
         (
             ["optimizer=muon"],
-            "no recipe for optimizer=muon with model=llama_60m.*adam, alice, alice_0, racs.*recipe=none "
+            "no recipe for optimizer=muon with model=llama_60m.*adam, alice, alice_0, any, fira.*recipe=none "
             "optimizer.lr=... trainer.steps=... trainer.batch_size=...",
         ),
         (["model=llama_7b"], "no recipe for optimizer=alice with model=llama_7b"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
-from .linalg import align_signs, subspace_iteration, thin_qr, top_eigenvectors
+from .linalg import align_signs, bounded, or_previous, subspace_iteration, thin_qr, top_eigenvectors
 from .low_rank import (
     COMPENSATION,
     SWITCHING,
@@ -163,27 +163,8 @@ class Alice(MatrixOptimizer):
 
     def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
         """Lines 6 and 7 of Algorithm 4: the reconstructed covariance Q and the new basis U."""
-        m, r = state["U"].shape[-2:]
-        U_prev, beta3 = state["U"], group["betas"][2] if group["tracking"] else 0.0
-        # With r = m there is nothing to switch to.
-        switching = "none" if r == m and group["switching"] in ("complement", "full_basis") else group["switching"]
-        if ctx.step == 1 and group["initial_basis"] == "gaussian" and switching != "none":
-            U_prev = thin_qr(draw_gaussian(m, r, ctx.generators).to(G))
-
-        def Q(X: Tensor) -> Tensor:
-            """beta_3 U Q~ U^T X + (1 - beta_3) G G^T X, in O(mnr): Q itself is m x m."""
-            QX = (1 - beta3) * (G @ (G.mT @ X))
-            return QX + beta3 * (U_prev @ (state["Q"] @ (U_prev.mT @ X))) if beta3 else QX
-
-        if switching == "none":
-            U = top_eigenvectors(Q(torch.eye(m, dtype=G.dtype, device=G.device).expand(len(G), m, m)), r)
-        elif switching == "gaussian":
-            U = unit_gaussian(m, r, ctx.generators).to(G)
-        else:
-            first = ctx.step == 1 and group["initial_basis"] == "evd"
-            ritz = top_eigenvectors(G @ G.mT, r) if first else subspace_iteration(Q, U_prev)
-            U = switch(ritz, group["leading"], switching, ctx.generators)
-
+        U_prev = state["U"]
+        U = or_previous(lambda: self.new_basis(bounded(G), state, group, ctx), U_prev, ctx)
         if group["fix_signs"] and ctx.step > 1:
             U = align_signs(U, U_prev)
         if group["tracking"] and group["tracking_basis"] == "rotated":
@@ -191,10 +172,32 @@ class Alice(MatrixOptimizer):
             state["Q"] = R @ state["Q"] @ R.mT
         state["U"] = U
 
+    def new_basis(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+        """U [B, m, r] from Q = beta_3 U Q~ U^T + (1 - beta_3) G G^T, by Algorithm 2 or one of its rivals."""
+        m, r = state["U"].shape[-2:]
+        U_prev, beta3 = state["U"], group["betas"][2] if group["tracking"] else 0.0
+        # With r = m there is nothing to switch to.
+        switching = "none" if r == m and group["switching"] in ("complement", "full_basis") else group["switching"]
+        if switching == "gaussian":
+            return unit_gaussian(m, r, ctx.generators).to(G)
+        if ctx.step == 1 and group["initial_basis"] == "gaussian" and switching != "none":
+            U_prev = thin_qr(draw_gaussian(m, r, ctx.generators).to(G))
+
+        def Q(X: Tensor) -> Tensor:
+            """Q X, in O(mnr): Q itself is m x m."""
+            QX = (1 - beta3) * (G @ (G.mT @ X))
+            return QX + beta3 * (U_prev @ (state["Q"] @ (U_prev.mT @ X))) if beta3 else QX
+
+        if switching == "none":
+            return top_eigenvectors(Q(torch.eye(m, dtype=G.dtype, device=G.device).expand(len(G), m, m)), r)
+        first = ctx.step == 1 and group["initial_basis"] == "evd"
+        ritz = top_eigenvectors(G @ G.mT, r) if first else subspace_iteration(Q, U_prev)
+        return switch(ritz, group["leading"], switching, ctx.generators)
+
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Lines 11 to 17 of Algorithm 4."""
         beta1, beta2, beta3 = group["betas"]
-        U = self.basis(G, state, group, ctx)
+        G, U = bounded(G), self.basis(G, state, group, ctx)
 
         sigma = U.mT @ G  # line 11
         if group["tracking"]:

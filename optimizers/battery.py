@@ -231,13 +231,17 @@ def check_transformer(make: Make, build: Callable[[], nn.Module] = TinyTransform
 
 
 def check_dtypes(make: Make) -> None:
-    """bfloat16 parameters stay bfloat16 and move as float32 ones do, up to rounding."""
-    moved = {}
+    """bfloat16 parameters stay bfloat16, and their updates point where those of float32 ones do.
+
+    The first update does not count: in the eigenbases of a single gradient, that gradient is diagonal, and a method that
+    divides its entries by their sizes (SOAP) makes unit entries of what rounding left beside the diagonal.
+    """
+    moved: dict[torch.dtype, list[Tensor]] = {}
     for dtype in DTYPES:
         params = parameters(dtype, size=0.0)
         optimizer = make(params)
         moved[dtype] = [torch.zeros(shape) for shape in SHAPES]
-        for grads in gradients(4, dtype=dtype):
+        for t, grads in enumerate(gradients(5, dtype=dtype)):
             step(optimizer, params, grads)
             require(
                 all(p.dtype == dtype for p in params),
@@ -245,15 +249,16 @@ def check_dtypes(make: Make) -> None:
             )
             require(finite(params), f"{_name(dtype)} parameters are not finite after ordinary gradients")
             for p, sum_of_updates in zip(params, moved[dtype], strict=True):
-                sum_of_updates += p.detach().float()
+                if t > 0:
+                    sum_of_updates += p.detach().float()
                 p.detach().zero_()  # so that it is the update that is compared, not the rounding of the weights
     for shape, a, b in zip(SHAPES, moved[torch.bfloat16], moved[torch.float32], strict=True):
         similarity = cosine([a], [b])
         require(
-            similarity > 0.8,
+            similarity > 0.9,
             f"the updates of a bfloat16 {shape[0]} x {shape[1]} matrix point elsewhere than those of a float32 one "
-            f"(cosine {similarity:.2f}); compute the update in float32 and keep sensitive states (averages with a decay near "
-            "1, bases) in float32",
+            f"(cosine {similarity:.2f}); compute the update in float32 and keep sensitive states (averages with a decay "
+            "near 1, bases) in float32",
         )
 
 

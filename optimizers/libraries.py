@@ -87,7 +87,9 @@ def adam_mini(groups: list[dict[str, Any]], model: nn.Module, lr: float | Tensor
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "num_attention_heads"):
-        raise ValueError("adam_mini needs model.config.num_attention_heads; use a Hugging Face model, or another method")
+        raise ValueError(
+            "adam_mini needs model.config.num_attention_heads; use a Hugging Face model, or another method"
+        )
     heads = config.num_attention_heads
     named = [(name, p) for group in groups for name, p in group["params"]]
     optimizer = load_class("adam_mini.Adam_mini")(

@@ -56,7 +56,9 @@ _LIBRARY: dict[str, Callable[[Tensor, dict[str, Any]], int]] = {
     "torch.SGD": lambda p, group: p.nbytes if group["momentum"] else 0,
     "pytorch_optimizer.Lion": lambda p, group: p.nbytes,
     "pytorch_optimizer.SignSGD": lambda p, group: p.nbytes if group["momentum"] else 0,
-    "transformers.Adafactor": lambda p, group: 4 * (sum(p.shape) + 1 + (p.numel() if group["beta1"] is not None else 0)),
+    "transformers.Adafactor": lambda p, group: (
+        4 * (sum(p.shape) + 1 + (p.numel() if group["beta1"] is not None else 0))
+    ),
     "adam_mini.Adam_mini": _adam_mini,
     "bitsandbytes.AdamW8bit": _eight_bit,
 }

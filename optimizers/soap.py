@@ -25,6 +25,9 @@ class SOAP(MatrixOptimizer):
     four, m and v [m, n]; 2 m^2 + 2 n^2 + 2mn numbers. Leave matrices with a side of 10^4 to Adam.
 
     ``form="paper"`` is Algorithm 6: this step's bases, by EVD; v is not turned with them; no bias correction.
+    At step 1 the rotated gradient is diagonal but for rounding errors, which the division lifts to full size: in float32
+    most of that update is noise, so let the learning rate start at 0.
+
     ``form="published"`` is the algorithm of Vyas et al.'s code: step 1 only sets up L, R and the bases; later steps
     use the bases that the step before left, correct the bias with t - 1, then update L and R; at update times, one
     power iteration and QR refresh the bases, whose columns are sorted by estimated eigenvalue, v with them. That code

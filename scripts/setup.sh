@@ -36,9 +36,9 @@ import importlib.util
 import re
 import sys
 
-modules = {"hydra-core": "hydra", "pytorch-optimizer": "pytorch_optimizer", "adam-mini": "adam_mini"}
-optional = {"wandb", "tensorboard", "mypy", "ruff", "types-PyYAML", "setuptools", *modules} - {"hydra-core"}
-optional |= {"bitsandbytes"}
+modules = {"hydra-core": "hydra"}
+optional = {"wandb", "tensorboard", "mypy", "ruff", "types-PyYAML", "setuptools"}
+optional |= {"pytorch-optimizer", "adam-mini", "bitsandbytes"}
 lines = [line for path in sys.argv[1:] if "oracles" not in path for line in open(path) if line.strip() and not line.startswith("#")]
 names = [re.split("[=<>~! \n]", line)[0] for line in lines]
 missing = [n for n in names if n not in optional and importlib.util.find_spec(modules.get(n, n)) is None]

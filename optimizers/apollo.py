@@ -125,9 +125,10 @@ class Apollo(Alice):
     ) -> Tensor:
         """eta G Diag(s)."""
         dims = (-2,) if group["scaling"] == "columns" else (-2, -1)
-        norms = [torch.linalg.vector_norm(X, dim=dims, keepdim=True) for X in (omega, sigma)]
-        s = norms[0] / norms[1].clamp_min(torch.finfo(G.dtype).tiny)
-        update = G * s
+        in_space, projected, whole = (torch.linalg.vector_norm(X, dim=dims, keepdim=True) for X in (omega, sigma, G))
+        # A column that U misses altogether would be divided by rounding errors.
+        projected = projected.maximum(1e-8 * whole).clamp_min(torch.finfo(G.dtype).tiny)
+        update = G / projected * in_space
         if group["limiter"] is not None:
             update, state["phi"] = limit_growth(update, state["phi"], group["limiter"])
         return update

@@ -166,7 +166,7 @@ class LowRankSOAP(MatrixOptimizer):
         if group["compensation"] == "none":
             return low_rank
         compensate = {"optimal": optimal_compensation, "columns": column_compensation}[group["compensation"]]
-        C = compensate(G, U, V, UG, GV, sigma, state, beta1, group["eps"])
+        C = compensate(G, U, V, UG, GV, state, beta1, group["eps"])
         C, state["phi"] = limit_growth(C, state["phi"], group["limiter"])
         return low_rank + group["compensation_scale"] * C
 
@@ -223,7 +223,6 @@ def optimal_compensation(
     V: Tensor,
     UG: Tensor,
     GV: Tensor,
-    sigma: Tensor,
     state: dict[str, Tensor],
     beta: float,
     eps: float,
@@ -234,8 +233,8 @@ def optimal_compensation(
     three digits only (see ``low_rank.optimal_compensation``).
     """
     (m, r), (n, k) = U.shape[-2:], V.shape[-2:]
-    lower = GV - U @ sigma  # U_c U_c^T G V
-    upper = UG - sigma @ V.mT  # U^T G V_c V_c^T
+    lower = project_out(GV, U)  # U_c U_c^T G V
+    upper = project_out(UG.mT, V).mT  # U^T G V_c V_c^T
     rest = G - U @ UG - lower @ V.mT  # U_c U_c^T G V_c V_c^T
     p = state["p"] = beta * state["p"] + (1 - beta) * lower.square().sum(-2)
     q = state["q"] = beta * state["q"] + (1 - beta) * upper.square().sum(-1)
@@ -253,7 +252,6 @@ def column_compensation(
     V: Tensor,
     UG: Tensor,
     GV: Tensor,
-    sigma: Tensor,
     state: dict[str, Tensor],
     beta: float,
     eps: float,
@@ -261,10 +259,20 @@ def column_compensation(
     """C of section 5: Alice's for all that is outside U, by columns; the block U^T G V_c as above. Updates p [n], q."""
     (m, r), (n, k) = U.shape[-2:], V.shape[-2:]
     outside = G - U @ UG  # U_c U_c^T G
-    upper = UG - sigma @ V.mT  # U^T G V_c V_c^T
+    upper = project_out(UG.mT, V).mT  # U^T G V_c V_c^T
     p = state["p"] = beta * state["p"] + (1 - beta) * outside.square().sum(-2)
     q = state["q"] = beta * state["q"] + (1 - beta) * upper.square().sum(-1)
     return outside * inverse_root(p, m - r, eps).unsqueeze(-2) + U @ (upper * inverse_root(q, n - k, eps).unsqueeze(-1))
+
+
+def project_out(X: Tensor, U: Tensor) -> Tensor:
+    """(I - U U^T) X, twice: where X lies in the range of U, what remains is rounding, and C will give it unit size.
+
+    After one pass that rounding can point anywhere, even against X; after two it is orthogonal to U, hence harmless.
+    """
+    for _ in range(2):
+        X = X - U @ (U.mT @ X)
+    return X
 
 
 def inverse_root(energy: Tensor, dimension: int, eps: float) -> Tensor:

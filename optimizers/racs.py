@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
 from .limiter import limit_growth
+from .linalg import bounded
 
 
 class RACS(MatrixOptimizer):
@@ -72,6 +73,7 @@ class RACS(MatrixOptimizer):
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Lines 5 to 10 of Algorithm 1."""
         beta, eps = group["beta"], group["eps"]
+        G = bounded(G)
 
         s, q = fixed_point(G, group["iterations"], eps)  # line 5
         s = state["s"].mul_(beta).add_(s, alpha=1 - beta)  # line 6

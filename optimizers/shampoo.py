@@ -80,7 +80,8 @@ class Shampoo(MatrixOptimizer):
 
     def init_state(self, shape: tuple[int, int], group: dict[str, Any]) -> dict[str, Tensor]:
         m, n = shape
-        state = {"L": group["eps"] * torch.eye(m), "R": group["eps"] * torch.eye(n)}
+        eps = group["eps"]
+        state = {"L": eps * torch.eye(m, dtype=torch.float64), "R": eps * torch.eye(n, dtype=torch.float64)}
         if group["update_interval"] > 1:
             state |= {"L_root": torch.zeros(m, m), "R_root": torch.zeros(n, n)}
         if group["momentum"]:

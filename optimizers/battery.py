@@ -28,7 +28,7 @@ Gradients = list[Tensor | None]
 
 SHAPES = ((6, 12), (12, 6), (8, 8))
 DTYPES = (torch.float32, torch.bfloat16)
-SOLVERS = ("eigh", "svd", "qr", "eig", "eigvalsh", "svdvals", "cholesky")
+SOLVERS = ("eigh", "svd", "eig", "eigvalsh", "svdvals")  # that iterate, and may not converge
 
 
 class CheckFailed(AssertionError):
@@ -467,7 +467,7 @@ def check_eigen_solver(make: Make, always: bool = False) -> None:
         make: the optimizer.
         always: every call of an iterative solver fails, which only the last basis or another solver outlives.
     """
-    used = [name for name in solvers(make) if not (always and name in ("qr", "cholesky"))]  # these do not iterate
+    used = solvers(make)
     if not used:
         raise NotApplicable("it calls no solver of torch.linalg")
     for name in used:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data import TrainingBatches, load_tokenizer, ngram_perplexities, open_source, training_sequences, validation_rows
 from data.errors import UserError
+from optimizers import MatrixOptimizer
 from optimizers.memory import measured_state_bytes
 
 from . import checkpoint
@@ -258,7 +259,9 @@ class Trainer:
 
     def _estimate_curvature(self, rows: dict[str, Tensor], targets: Tensor) -> None:
         """Give an optimizer that wants it (Sophia) an estimate of the Hessian's diagonal, over all rows of the step."""
-        kind = getattr(self.optimizer, "wanted_estimate", lambda: None)()
+        if not isinstance(self.optimizer, MatrixOptimizer):
+            return
+        kind = self.optimizer.wanted_estimate()
         if kind is None:
             return
         params = [p for group in self.optimizer.param_groups if "estimator" in group for p in group["params"]]

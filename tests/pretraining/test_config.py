@@ -101,9 +101,7 @@ def test_the_command_the_project_exists_for() -> None:
     assert cfg.tokenizer == "t5-base" and cfg.run_dir == "runs/paper/llama_1b-alice-s42"
 
 
-@pytest.mark.parametrize(
-    ("method", "model"), [*((name, "llama_tiny") for name in METHODS), ("alice", "llama_tiny_4k")]
-)
+@pytest.mark.parametrize(("method", "model"), [*((name, "llama_tiny") for name in METHODS), ("alice", "llama_tiny_4k")])
 def test_quickstart_finds_the_recipe_of_its_method_and_model(method: str, model: str) -> None:
     given = ["optimizer.target=torch.optim.RMSprop", "optimizer.lr=0.01"] if method == "any" else []
     cfg = compose([*QUICK, f"optimizer={method}", f"model={model}", *given])

@@ -41,10 +41,10 @@ def _on_matrices(target: str) -> Callable[..., torch.optim.Optimizer]:
 
 # name -> how it is made from partition's groups, and the options that distinguish it from others of its class
 METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
-    "adafactor": (_on_matrices("transformers.optimization.Adafactor"), {"relative_step": False}),
+    "adafactor": (_on_matrices("transformers.optimization.Adafactor"), {"lr": 0.01, "relative_step": False}),
     "adam": (libraries.adam, {}),
-    "adam_8bit": (_on_matrices("bitsandbytes.optim.AdamW8bit"), {"weight_decay": 0.0}),
-    "adam_mini": (libraries.adam_mini, {}),
+    "adam_8bit": (_on_matrices("bitsandbytes.optim.AdamW8bit"), {"lr": 1e-3, "weight_decay": 0.0}),
+    "adam_mini": (libraries.adam_mini, {"lr": 1e-3, "betas": (0.9, 0.95)}),
     "adamw": (libraries.adam, {"weight_decay": 0.1}),
     "alice": (Alice, {}),
     "alice_0": (Alice, {"tracking": False}),
@@ -59,7 +59,7 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] 
     "galore_8bit": (GaLore, {"state_dtype": "8bit"}),
     "lamb": (LAMB, {}),
     "lars": (LARS, {}),
-    "lion": (_on_matrices("pytorch_optimizer.Lion"), {}),
+    "lion": (_on_matrices("pytorch_optimizer.Lion"), {"lr": 1e-4}),
     "low_rank_soap": (LowRankSOAP, {}),
     "muon": (Muon, {}),
     "muon_paper": (
@@ -69,9 +69,9 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] 
     "normalization": (Normalization, {}),
     "racs": (RACS, {}),
     "racs_no_ema": (RACS, {"beta": 0.0}),
-    "sgd": (_on_matrices("torch.optim.SGD"), {}),
+    "sgd": (_on_matrices("torch.optim.SGD"), {"lr": 0.1, "momentum": 0.9}),
     "shampoo": (Shampoo, {}),
-    "signum": (_on_matrices("pytorch_optimizer.SignSGD"), {}),
+    "signum": (_on_matrices("pytorch_optimizer.SignSGD"), {"lr": 1e-4}),
     "soap": (SOAP, {}),
     "soap_factored": (SOAPFactored, {}),
     "sophia_g": (Sophia, {"estimator": "gauss_newton_bartlett", "gamma": 0.05}),
@@ -85,7 +85,7 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
     """The optimizer called ``name`` for all of ``model``: ``create("alice", model, rank=64, adam_lr=0.005)``.
 
     Args:
-        name: one of ``METHODS``.
+        name: one of ``METHODS`` (docs/optimizers.md describes them).
         model: any module.
         **options: keywords of :func:`optimizers.partition` and of the method's class. ``any`` takes ``target``, the class
             to use on the matrices as "package.Class", ``lr``, and ``options``, its other keywords.

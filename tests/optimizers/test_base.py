@@ -18,7 +18,9 @@ METHODS = {
     "alice_0": SMALL,
     "racs": {},
     "muon": {},
+    "galore_8bit": {"rank": 4, "update_interval": 3},
     "adam": {},
+    "any": {"target": "torch.optim.Muon", "lr": 0.02, "options": {"weight_decay": 0.0}},
 }
 OURS = ["alice", "alice_0", "racs"]
 VARIANTS = [
@@ -65,7 +67,8 @@ def test_descends_in_every_dtype(name, dtype):
     shapes = [(6, 12), (12, 6), (8, 8), (8, 8)]
     targets = [torch.randn(s, dtype=dtype) for s in shapes]
     model = nn.ParameterList([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes])
-    options = {"racs": {"lr": 0.2}, "muon": {"lr": 0.05}, "adam": {"lr": 0.05}}.get(name, {"lr": 0.1})
+    rates = {"racs": 0.2, "muon": 0.05, "adam": 0.05, "galore_8bit": 0.4}  # times 0.25
+    options = {"lr": rates.get(name, 0.1)}
     optimizer = create(name, model, verbose=False, **{**METHODS[name], **options})
 
     def distance():
@@ -405,7 +408,7 @@ def test_zero_and_tiny_gradients_stay_finite():
         (lambda m: create("racs", m, beta=1.0), "beta = 1.0 is out of range"),
         (lambda m: create("racs", m, limiter=0.5), "limiter = 0.5"),
         (lambda m: create("alice", m, switching="sometimes"), "one of none, complement"),
-        (lambda m: create("alic", m), "choose one of adam, alice"),
+        (lambda m: create("alic", m), "choose one of adafactor, adam"),
         (lambda m: RACS(m.parameters()), r"parameter 1 has shape \[12\], and RACS updates matrices only"),
     ],
 )
@@ -424,7 +427,7 @@ def test_diverged_gradients_are_named_at_a_refresh():
 
 def test_combined_is_the_two_optimizers():
     joint, apart = network(), network()
-    combined = create("muon", joint, lr=0.02, adam_lr=0.003, verbose=False)
+    combined = create("any", joint, adam_lr=0.003, verbose=False, **METHODS["any"])
     assert isinstance(combined, Combined)
     matrices = [p for p in apart.parameters() if p.ndim == 2]
     others = [p for p in apart.parameters() if p.ndim != 2]

@@ -97,7 +97,7 @@ def test_both_rates_are_scheduled():
         assert [group["lr"] for group in optimizer.param_groups] == [0.4 * factor, 0.1 * factor]
 
 
-@pytest.mark.parametrize("optimizer", ["alice", "racs", "muon", "adam"])
+@pytest.mark.parametrize("optimizer", ["alice", "racs", "muon", "adam", "sophia_g", "sophia_h"])
 def test_resuming_gives_the_same_losses_bit_for_bit(tmp_path, optimizer):
     """Stopped after 3 and after 6 of 8 steps, with random switching between."""
     more = ["trainer.save_every=3", f"optimizer={optimizer}"]

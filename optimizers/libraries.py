@@ -11,6 +11,7 @@ paper's formulas in float64, and with the other candidates):
     signum     pytorch_optimizer.SignSGD: the sign of an average of gradients
 """
 
+import difflib
 import importlib
 import inspect
 import logging
@@ -33,19 +34,34 @@ def load_class(target: str) -> Any:
     """
     module_name, _, name = target.rpartition(".")
     if not module_name:
-        raise ValueError(f"target = {target!r} is not package.Class; write for example torch.optim.RMSprop")
+        raise ValueError(f"{target} names no class: write package.Class, for example torch.optim.RMSprop")
     # bitsandbytes complains at import about a kernel for matrix products, which optimizers do not use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        package = module_name.split(".")[0]
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            package = PACKAGES.get(missing, missing)
+            raise ValueError(
+                f"there is no module {missing}: install it (pip install {package}), or start this command in the folder of "
+                "its file"
+            ) from error
         raise ValueError(
-            f"{target} cannot be imported ({error}); install it with: pip install {PACKAGES.get(package, package)}"
+            f"{module_name} needs {missing}, which is not installed: install it, then try again"
+        ) from error
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no message"
+        raise ValueError(
+            f"importing {module_name} failed with {type(error).__name__}: {said}; correct that file, then try again"
         ) from error
     found = getattr(module, name, None)
+    if found is None:
+        near = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f"do you mean {near[0]}?" if near else "check the spelling"
+        raise ValueError(f"{module_name} has no class {name}: {hint}")
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
-        raise ValueError(f"{module_name} has no optimizer class {name}; give a subclass of torch.optim.Optimizer")
+        raise ValueError(f"{target} is not an optimizer class: derive it from torch.optim.Optimizer")
     return found
 
 

@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
-import importlib
-import inspect
 import os
 import re
 import shlex
@@ -34,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from data.errors import UserError  # noqa: E402
-from optimizers import battery  # noqa: E402
+from optimizers import battery, libraries  # noqa: E402
 from reporting import find_runs, load_run, units  # noqa: E402
 from reporting.summary import mean_perplexity, ranking  # noqa: E402
 
@@ -49,34 +46,10 @@ def load_class(target: str) -> type[torch.optim.Optimizer]:
     Raises:
         UserError: there is no such module or class, or it is no optimizer.
     """
-    module_name, _, name = target.rpartition(".")
-    if not module_name:
-        raise UserError(f"{target} names no class: write package.Class, for example torch.optim.RMSprop.")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or module_name
-        if module_name == missing or module_name.startswith(f"{missing}."):
-            raise UserError(
-                f"There is no module {missing}: install its package into {sys.prefix}, or start this command in the folder "
-                "of its file."
-            ) from error
-        raise UserError(
-            f"{module_name} needs {missing}, which is not installed: install it, then try again."
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"Importing {module_name} failed with {_sentence(error)}: correct that file, then try again."
-        ) from error
-    if not hasattr(module, name):
-        near = difflib.get_close_matches(name, dir(module), n=1)
-        raise UserError(
-            f"{module_name} has no class {name}: " + (f"do you mean {near[0]}?" if near else "check the spelling.")
-        )
-    found = getattr(module, name)
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
-        raise UserError(f"{target} is not an optimizer class: derive it from torch.optim.Optimizer.")
-    return found
+        return libraries.load_class(target)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
 
 
 def value_of(text: str) -> Any:

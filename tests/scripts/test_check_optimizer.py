@@ -138,10 +138,10 @@ def test_small_options_are_for_the_battery_alone(check, tmp_path):
     ("words", "message"),
     [
         (["RMSprop"], "write package.Class"),
-        (["nowhere_at_all.Mine"], "There is no module nowhere_at_all"),
-        (["torch.optum.RMSprop"], "There is no module torch.optum"),
+        (["nowhere_at_all.Mine"], "there is no module nowhere_at_all"),
+        (["torch.optum.RMSprop"], "there is no module torch.optum"),
         (["needs.Mine"], "needs a_package_that_nobody_has, which is not installed"),
-        (["crashes.Mine"], "Importing crashes failed with ZeroDivisionError"),
+        (["crashes.Mine"], "importing crashes failed with ZeroDivisionError"),
         (["torch.optim.RMSProp"], "torch.optim has no class RMSProp: do you mean RMSprop"),
         (["my_file.factory"], "my_file.factory is not an optimizer class"),
         (["torch.nn.Linear"], "torch.nn.Linear is not an optimizer class"),

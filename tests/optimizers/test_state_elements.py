@@ -1,6 +1,8 @@
 """What is really stored for one matrix, against Tables 1 and 6 of the paper (less the weight itself) and our formulas."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,5 +104,8 @@ def test_small_tensors_of_8bit_adam_stay_wide() -> None:
     assert {state["state1"].dtype, state["state2"].dtype} == {torch.float32}
 
 
-def test_every_method_is_counted() -> None:
+def test_every_method_is_counted_and_documented() -> None:
     assert set(METHODS) == set(ELEMENTS) | {"galore_8bit", "adam_mini", "adam_8bit"}
+    text = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    in_tables = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
+    assert set(METHODS) - in_tables == {"any"}  # which has a section of its own

@@ -1,13 +1,13 @@
 """Alice: adaptive low-dimensional subspace estimation (Algorithm 4 of arXiv 2502.07752)."""
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Context, MatrixOptimizer, check
-from .linalg import align_signs, bounded, or_previous, subspace_iteration, thin_qr, top_eigenvectors
+from .base import Context, MatrixOptimizer, bias_correction, check
+from .limiter import limit_growth
+from .linalg import align_signs, bounded, or_previous, subspace_iteration, thin_qr, top_eigenvectors, unit_scale
 from .low_rank import (
     COMPENSATION,
     SWITCHING,
@@ -41,7 +41,8 @@ class Alice(MatrixOptimizer):
     .. math:: W \leftarrow W - \lambda \alpha (U \omega + \alpha_c C).
 
     The defaults are Algorithm 4 as printed, with the values of Table 11 for 60M parameters; neither moment is
-    bias-corrected. What the print leaves open is an option whose default says what we read.
+    bias-corrected. What the print leaves open is an option whose default says what we read. State: U, m, v, Q~, p and
+    phi, mr + 2nr + r^2 + n + 1 numbers.
 
     Args:
         params: tensors [m, n], ``(name, tensor)`` pairs, or groups such as :func:`optimizers.partition` returns.
@@ -58,10 +59,11 @@ class Alice(MatrixOptimizer):
         tracking: keep Q~ (Eq. 17); False is Alice-0, the same algorithm with beta_3 = 0.
         switching: "complement" (Algorithm 2), "none" (U = EVD(Q, r)), or the rivals of Figure 5b, "full_basis",
             "gaussian_mix", "gaussian".
-        compensation: "optimal" (Algorithm 3), "none", or the rivals of Figure 5c, "fira", "fira_plus".
-        initial_basis: what the first refresh starts from. "evd": the singular vectors of the first gradient, as
-            the text of section 5 means; "gaussian": a random orthonormal U_0; "zeros": U_0 = 0 as printed, which
-            makes the first basis the first r unit vectors.
+        compensation: "optimal" (Algorithm 3), "none", or the rivals of Figure 5c: "fira", which compensation_scale does not
+            multiply, and "fira_plus", whose norm is that of U omega, so that the limiter has nothing to do.
+        initial_basis: what the first refresh starts from, where ``switching`` keeps Ritz vectors. "evd": the singular vectors
+            of the first gradient, as the text of section 5 means; "gaussian": a random orthonormal U_0; "zeros": U_0 = 0 as
+            printed, which makes the first basis the first r unit vectors.
         tracking_basis: at a refresh "printed" keeps the numbers of Q~, although they belong to the old basis;
             "rotated" expresses it in the new one.
         update_times: "printed", t = 1, K, 2K, ...; "zero_based", t = 1, K + 1, 2K + 1, ... as GaLore's code.
@@ -69,7 +71,8 @@ class Alice(MatrixOptimizer):
         bias_correction: multiply the update by sqrt(1 - beta_2^t) / (1 - beta_1^t), as in Adam; the paper does not.
         square: side of a square matrix that is projected: its "rows", as the paper's m <= n says, or its "columns", as
             the code of GaLore, Fira and Apollo does.
-        state_dtype: dtype of U, m and v; None for the parameter's, as in the paper. Q~, p and phi are float32.
+        state_dtype: dtype of U, m and v; None for the parameter's, as in the paper; "8bit" for block-wise codes of m and v.
+            Q~, p and phi are float32.
         seed: of the random switching.
 
     Raises:
@@ -78,6 +81,7 @@ class Alice(MatrixOptimizer):
 
     full_precision = frozenset({"Q", "p", "phi"})
     moments: ClassVar[dict[str, bool]] = {"m": True, "v": False}
+    tracks = True  # False: a method without beta_3
 
     def __init__(
         self,
@@ -134,7 +138,8 @@ class Alice(MatrixOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check(group, "betas", lambda b: len(b) == 3 and all(0 <= x < 1 for x in b), "three numbers in [0, 1)")
+        count, words = (3, "three") if self.tracks else (2, "two")
+        check(group, "betas", lambda b: len(b) == count and all(0 <= x < 1 for x in b), f"{words} numbers in [0, 1)")
         check(group, "rank", lambda r: r >= 1, "at least 1")
         check(group, "leading", lambda l: 0 <= l <= group["rank"], f"between 0 and rank = {group['rank']}")
         check(group, "compensation_scale", lambda a: a >= 0, "at least 0")
@@ -157,7 +162,7 @@ class Alice(MatrixOptimizer):
             state["Q"] = torch.zeros(r, r)
         if group["compensation"] == "optimal":
             state["p"] = torch.zeros(n)
-        if group["compensation"] != "none":
+        if group["compensation"] in ("optimal", "fira"):
             state["phi"] = torch.zeros(())
         return state
 
@@ -175,6 +180,8 @@ class Alice(MatrixOptimizer):
     def new_basis(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """U [B, m, r] from Q = beta_3 U Q~ U^T + (1 - beta_3) G G^T, by Algorithm 2 or one of its rivals."""
         m, r = state["U"].shape[-2:]
+        if ctx.step == 1 or not group["tracking"]:  # Q is a multiple of G G^T, and squares of 1e-20 leave float32
+            G = unit_scale(G)
         U_prev, beta3 = state["U"], group["betas"][2] if group["tracking"] else 0.0
         # With r = m there is nothing to switch to.
         switching = "none" if r == m and group["switching"] in ("complement", "full_basis") else group["switching"]
@@ -189,25 +196,27 @@ class Alice(MatrixOptimizer):
             return QX + beta3 * (U_prev @ (state["Q"] @ (U_prev.mT @ X))) if beta3 else QX
 
         if switching == "none":
-            return top_eigenvectors(Q(torch.eye(m, dtype=G.dtype, device=G.device).expand(len(G), m, m)), r)
+            tracked = beta3 * (U_prev @ state["Q"] @ U_prev.mT) if beta3 else 0.0
+            return top_eigenvectors((1 - beta3) * (G @ G.mT) + tracked, r)
         first = ctx.step == 1 and group["initial_basis"] == "evd"
         ritz = top_eigenvectors(G @ G.mT, r) if first else subspace_iteration(Q, U_prev)
         return switch(ritz, group["leading"], switching, ctx.generators)
 
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Lines 11 to 17 of Algorithm 4."""
-        beta1, beta2, beta3 = group["betas"]
+        beta1, beta2 = group["betas"][:2]
         G, U = bounded(G), self.basis(G, state, group, ctx)
 
         sigma = U.mT @ G  # line 11
         if group["tracking"]:
+            beta3 = group["betas"][2]
             state["Q"] = beta3 * state["Q"] + (1 - beta3) * sigma @ sigma.mT  # line 12
         m = state["m"].mul_(beta1).add_(sigma, alpha=1 - beta1)  # line 13
         v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)  # line 14
         omega = m / (v.sqrt() + group["eps"])  # line 15
         update = self.compose(G, U, sigma, omega, state, group)  # lines 16 and 17
         if group["bias_correction"]:
-            update = update * (math.sqrt(1 - beta2**ctx.step) / (1 - beta1**ctx.step))
+            update = update * bias_correction(ctx.step, beta1, beta2)
         return update
 
     def basis(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
@@ -230,7 +239,8 @@ class Alice(MatrixOptimizer):
                 G, U, sigma, state["p"], state["phi"], group["betas"][0], gamma, eps, orthonormal
             )
             return low_rank + group["compensation_scale"] * C
-        S, state["phi"] = fira_compensation(G, U, sigma, omega, state["phi"], gamma, eps)
+        S = fira_compensation(G, U, sigma, omega, eps)
         if compensation == "fira":
+            S, state["phi"] = limit_growth(S, state["phi"], gamma)
             return low_rank + S
         return low_rank + group["compensation_scale"] * match_norm(S, low_rank)

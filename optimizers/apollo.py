@@ -47,6 +47,8 @@ class Apollo(Alice):
         ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
     """
 
+    tracks = False
+
     def __init__(
         self,
         params: Any,
@@ -74,7 +76,7 @@ class Apollo(Alice):
             {
                 **PARTS_OFF,
                 "lr": lr,
-                "betas": (*betas, 0.0),
+                "betas": tuple(betas),
                 "rank": rank,
                 "update_interval": update_interval,
                 "scale": scale,

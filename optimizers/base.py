@@ -6,6 +6,7 @@ random numbers live here, once.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from .quantization import dequantize, new_codes, quantize
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
+
+STATE_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
 
 # Where matrices of one shape are stacked and updated together. On the CPU one at a time is fastest: its products
 # are large enough by themselves, and stacking costs copies.
@@ -136,8 +139,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             check(group, "update_times", ("printed", "zero_based"))
         if "square" in group:
             check(group, "square", ("rows", "columns"))
-        if group.get("state_dtype") == "8bit" and not self.moments:
-            raise ValueError(f"{type(self).__name__} has no 8-bit states; set state_dtype to float32 or bfloat16")
 
     def check_matrix(self, name: str, shape: tuple[int, int], group: dict[str, Any]) -> None:
         """Raise ValueError for a matrix that the method cannot serve."""
@@ -160,6 +161,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._check_matrices(added)
         if isinstance(added.get("state_dtype"), torch.dtype):  # as text, it can be saved anywhere
             added["state_dtype"] = str(added["state_dtype"]).removeprefix("torch.")
+        eight_bit = not added["adam"] and self.moments
+        if added.get("state_dtype") not in (*STATE_DTYPES, *(["8bit"] if eight_bit else [])):
+            raise ValueError(
+                f"state_dtype = {added['state_dtype']!r} is not possible here; set it to None (the parameter's), "
+                f"{', '.join(STATE_DTYPES[1:])}{' or 8bit' if eight_bit else ''}"
+            )
 
     def _check_matrices(self, group: dict[str, Any]) -> None:
         self.check_group(group)
@@ -216,13 +223,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The estimate of curvature that the next ``step`` needs: the group's ``estimator`` at its update times."""
         for group in self.param_groups:
             if "estimator" in group:
-                next_step = 1 + max((self.state[p]["step"] for p in group["params"] if self.state.get(p)), default=0)
-                if is_update_time(next_step, group["update_interval"], group["update_times"]):
+                steps = {1 + self.state[p]["step"] if self.state.get(p) else 1 for p in group["params"]}
+                if any(is_update_time(t, group["update_interval"], group["update_times"]) for t in steps):
                     return group["estimator"]
         return None
 
     def update_estimate(self, estimates: Mapping[Tensor, Tensor]) -> None:
         """Give the next ``step`` an estimate of the Hessian's diagonal: parameter -> tensor of its shape."""
+        missing = [
+            name
+            for group in self.param_groups
+            if "estimator" in group
+            for name, p in zip(self._names(group), group["params"], strict=True)
+            if p not in estimates
+        ]
+        if missing:
+            raise ValueError(f"the estimate of {missing[0]} is missing; give one for every matrix")
         self._estimates = estimates
 
     def _is_rehearsal(self) -> bool:
@@ -397,6 +413,11 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
             if isinstance(value, Tensor):
                 device = p.device if optimizer.state[p][name].device == p.device else value.device
                 optimizer.state[p][name] = value.detach().to(device, copy=True)
+
+
+def bias_correction(t: int, beta1: float, beta2: float) -> float:
+    """c_t = sqrt(1 - beta_2^t) / (1 - beta_1^t), for a ratio of averages that started at 0."""
+    return math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 
 def is_update_time(t: int, interval: int, rule: str) -> bool:

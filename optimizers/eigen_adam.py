@@ -1,12 +1,11 @@
 """Eigen-Adam: Adam in the eigenbasis of the gradient covariance (Algorithm 7 of arXiv 2502.07752)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Context, MatrixOptimizer, check
+from .base import Context, MatrixOptimizer, bias_correction, check
 from .linalg import align_signs, bounded, or_previous, top_eigenvectors
 
 
@@ -96,8 +95,3 @@ class EigenAdam(MatrixOptimizer):
         v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)
         update = U @ ((U.mT @ m) / (v.sqrt() + group["eps"]))
         return update * bias_correction(ctx.step, beta1, beta2) if group["bias_correction"] else update
-
-
-def bias_correction(t: int, beta1: float, beta2: float) -> float:
-    """The factor on m / sqrt(v) that makes up for averages that start at 0, Adam's but for eps."""
-    return math.sqrt(1 - beta2**t) / (1 - beta1**t)

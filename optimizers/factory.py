@@ -31,8 +31,10 @@ _PARTITION = ("last_layer", "adam_lr", "adam_betas", "adam_eps", "matrices", "ad
               "adam_state_dtype", "verbose")  # fmt: skip
 
 
-def _any(groups: list[dict[str, Any]], target: str, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
-    return libraries.on_matrices(groups, target, lr, **options)
+def _any(
+    groups: list[dict[str, Any]], target: str, lr: float, options: dict[str, Any] | None = None
+) -> torch.optim.Optimizer:
+    return libraries.on_matrices(groups, target, lr, **(options or {}))
 
 
 def _on_matrices(target: str) -> Callable[..., torch.optim.Optimizer]:
@@ -49,12 +51,12 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] 
     "alice": (Alice, {}),
     "alice_0": (Alice, {"tracking": False}),
     "any": (_any, {}),
-    "apollo": (Apollo, {}),
-    "apollo_mini": (Apollo, {"rank": 1, "scaling": "tensor", "scale": 128**0.5}),
-    "apollo_svd": (Apollo, {"projection": "svd"}),
+    "apollo": (Apollo, {"limiter": 1.01}),
+    "apollo_mini": (Apollo, {"rank": 1, "scaling": "tensor", "scale": 128**0.5, "limiter": 1.01}),
+    "apollo_svd": (Apollo, {"projection": "svd", "limiter": 1.01}),
     "eigen_adam": (EigenAdam, {}),
     "fira": (Fira, {}),
-    "fira_plus": (Alice, {"tracking": False, "switching": "none", "compensation": "fira_plus"}),
+    "fira_plus": (Alice, {"compensation": "fira_plus"}),
     "galore": (GaLore, {}),
     "galore_8bit": (GaLore, {"state_dtype": "8bit"}),
     "lamb": (LAMB, {}),
@@ -97,7 +99,10 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
     if name not in METHODS:
         raise ValueError(f"no optimizer is called {name!r}; choose one of {', '.join(sorted(METHODS))}")
     build, preset = METHODS[name]
+    asked = set(options)
     groups = partition(model, **{key: options.pop(key) for key in _PARTITION if key in options})
-    if build is libraries.adam_mini:  # whose blocks follow the model's heads
+    if build is libraries.adam_mini:  # whose blocks follow the model's heads, and which is the Adam of all groups
         options["model"] = model
+        if given := sorted({"adam_betas", "adam_eps", "adam_weight_decay", "adam_state_dtype"} & asked):
+            raise ValueError(f"adam_mini updates every parameter with the same betas and eps; leave out {given[0]}")
     return build(groups, **{**preset, **options})

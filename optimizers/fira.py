@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .alice import PARTS_OFF, Alice
 from .base import MatrixOptimizer, check
+from .limiter import limit_growth
 from .low_rank import fira_compensation
 
 
@@ -21,7 +22,7 @@ class Fira(Alice):
     with sigma = U^T G, omega = m / (sqrt(v) + eps), eta from the norm-growth limiter and
     c_t = sqrt(1 - beta_2^t) / (1 - beta_1^t). This is :class:`Alice` with tracking and switching off and another
     compensation, which alpha does not scale. State: U, m, v and phi, that is mr + 2nr + 1 numbers. Defaults: the published
-    code's; Table 7 has the paper's rates.
+    code's but for ``residual``; Table 7 has the paper's rates.
 
     Args:
         params, lr, rank, update_interval, weight_decay: see :class:`Alice`.
@@ -40,6 +41,7 @@ class Fira(Alice):
         ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
     """
 
+    tracks = False
     applies_scale = True
 
     def __init__(
@@ -66,7 +68,7 @@ class Fira(Alice):
             {
                 **PARTS_OFF,
                 "lr": lr,
-                "betas": (*betas, 0.0),
+                "betas": tuple(betas),
                 "rank": rank,
                 "update_interval": update_interval,
                 "scale": scale,
@@ -91,5 +93,7 @@ class Fira(Alice):
     ) -> Tensor:
         """alpha U omega + eta S."""
         kept = group["scale"] if group["residual"] == "scaled" else 1.0
-        S, state["phi"] = fira_compensation(G, U, sigma, omega, state["phi"], group["limiter"], 1e-8, kept)
+        S, state["phi"] = limit_growth(
+            fira_compensation(G, U, sigma, omega, 1e-8, kept), state["phi"], group["limiter"]
+        )
         return group["scale"] * (U @ omega) + S

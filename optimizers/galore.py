@@ -22,7 +22,7 @@ class GaLore(Alice):
     rates. The printed Algorithm 8 is ``bias_correction=False, update_times="printed", square="rows"``.
 
     Args:
-        params, lr, rank, update_interval, weight_decay, seed: see :class:`Alice`.
+        params, lr, rank, update_interval, weight_decay: see :class:`Alice`.
         betas: beta_1 and beta_2.
         scale: alpha.
         eps: added to the square root of v.
@@ -35,6 +35,8 @@ class GaLore(Alice):
     Raises:
         ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
     """
+
+    tracks = False
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class GaLore(Alice):
             {
                 **PARTS_OFF,
                 "lr": lr,
-                "betas": (*betas, 0.0),
+                "betas": tuple(betas),
                 "rank": rank,
                 "update_interval": update_interval,
                 "scale": scale,

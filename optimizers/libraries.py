@@ -13,6 +13,7 @@ paper's formulas in float64, and with the other candidates):
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import logging
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import MatrixOptimizer
 from .combined import Combined
 
 # What a user has to install for a target, where the name differs from the module's
@@ -41,6 +43,8 @@ def load_class(target: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
+        if importlib.util.find_spec(missing.split(".")[0]) and "." in missing:
+            raise ValueError(f"there is no module {missing}: check the spelling") from error
         if module_name == missing or module_name.startswith(f"{missing}."):
             package = PACKAGES.get(missing, missing)
             raise ValueError(
@@ -74,9 +78,11 @@ def on_matrices(groups: list[dict[str, Any]], target: str, lr: float | Tensor, *
     cls = load_class(target)
     try:
         matrix = cls([p for _, p in groups[0]["params"]], lr=lr, **options)
-    except TypeError as error:
+    except Exception as error:
         accepted = ", ".join(name for name in inspect.signature(cls).parameters if name not in ("params", "lr"))
-        raise ValueError(f"{target} does not start: {error}; its options are {accepted}") from error
+        raise ValueError(f"{target} does not start: {error}; its options are lr, {accepted}") from error
+    if isinstance(matrix, MatrixOptimizer) and any("estimator" in group for group in matrix.param_groups):
+        raise ValueError("Sophia gets its estimates under its own names; use optimizer=sophia_h or sophia_g")
     matrix.param_groups[0].setdefault("param_names", [name for name, _ in groups[0]["params"]])
     if len(groups) == 1:
         return Combined(matrix)
@@ -125,6 +131,7 @@ def adam_mini(groups: list[dict[str, Any]], model: nn.Module, lr: float | Tensor
     matrices = len(groups[0]["params"])
     for i, group in enumerate(optimizer.param_groups):  # one for each tensor, in the order given
         group["adam"], group["head_numel"] = i >= matrices, optimizer.head_numel
+        group["param_names"] = [named[i][0]]
         if i >= matrices and groups[1]["lr"] is not None:
             group["lr"] = groups[1]["lr"]
     # In bfloat16 an average with beta_2 near 1 never decays.

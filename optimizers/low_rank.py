@@ -98,21 +98,18 @@ def fira_compensation(
     U: Tensor,
     sigma: Tensor,
     omega: Tensor,
-    phi: Tensor,
-    gamma: float | None,
     eps: float,
     kept: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Fira's residual (Chen et al. 2024), scaled by how much Adam scales the same column of the projection.
 
     ``kept`` is the part of U sigma that is taken out of G: all of it, but alpha in the published code.
 
     Returns:
-        S [B, m, n] after the limiter, and phi.
+        S [B, m, n], before the limiter.
     """
     scaling = omega.norm(dim=-2) / (sigma.norm(dim=-2) + eps)
-    S = (G - kept * (U @ sigma)) * scaling.unsqueeze(-2)
-    return limit_growth(S, phi, gamma)
+    return (G - kept * (U @ sigma)) * scaling.unsqueeze(-2)
 
 
 def match_norm(S: Tensor, reference: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, MatrixOptimizer, check, is_update_time
-from .eigen_adam import bias_correction
+from .base import Context, MatrixOptimizer, bias_correction, check, is_update_time
 from .linalg import align_signs, bounded, or_previous, power_step, top_eigenvectors
 
 BASES = (("L", "U_L"), ("R", "U_R"))

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from data.errors import UserError
 
 PREFIX = "step-"
-COUNTERS = ("step", "k")  # entries of parameter groups in which libraries count steps
+RATES = ("lr", "initial_lr")  # of a parameter group: the schedule sets them
 
 
 def save(
@@ -157,7 +157,7 @@ def optimizer_state(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """States as flat tensors ``optimizer/<parameter>/<state>``, and those that are Python numbers, by parameter.
 
-    Some libraries count steps in the groups: these numbers are kept under ``group <i>``.
+    Some libraries keep counters and averages in the groups: these are there as ``group <i>``, rates excepted.
 
     Raises:
         UserError: a library keeps states of another kind.
@@ -179,9 +179,11 @@ def optimizer_state(
                     "set trainer.save_every=0"
                 )
     for i, group in enumerate(optimizer.param_groups):
-        counters = {key: group[key] for key in COUNTERS if isinstance(group.get(key), int)}
-        if counters:
-            numbers[f"group {i}"] = counters
+        for key, value in group.items():
+            if isinstance(value, Tensor) and key not in RATES:
+                tensors[f"optimizer/group {i}/{key}"] = value
+            elif isinstance(value, (bool, int, float)) and key not in RATES:
+                numbers.setdefault(f"group {i}", {})[key] = value
     return tensors, numbers
 
 
@@ -201,7 +203,7 @@ def load_optimizer_state(
             by_name.setdefault(name, {})[state] = value
     state_dict = optimizer.state_dict()
     for i, group in enumerate(state_dict["param_groups"]):
-        group.update(by_name.get(f"group {i}", {}))
+        group.update(by_name.pop(f"group {i}", {}))
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state_dict["state"] = {i: by_name[names[p]] for i, p in enumerate(ordered) if names[p] in by_name}
     optimizer.load_state_dict(state_dict)

@@ -31,8 +31,8 @@ def hutchinson(
     for ids, labels in pieces:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             loss = row_losses(logits(ids), labels).sum()
-            gradients = torch.autograd.grad(loss, params, create_graph=True)
-            products = torch.autograd.grad(gradients, params, grad_outputs=u)
+            gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+            products = torch.autograd.grad(gradients, params, grad_outputs=u, materialize_grads=True)
         for estimate, direction, product in zip(estimates, u, products, strict=True):
             estimate.addcmul_(direction.float(), product.float())
     return estimates
@@ -57,6 +57,6 @@ def label_gradient(
         sampled = labels.clone()
         sampled[:, 1:] = torch.where(labels[:, 1:] == IGNORE, IGNORE, drawn)
         loss = row_losses(scores, sampled).sum()
-        for summed, gradient in zip(total, torch.autograd.grad(loss, params), strict=True):
+        for summed, gradient in zip(total, torch.autograd.grad(loss, params, materialize_grads=True), strict=True):
             summed += gradient
     return total

@@ -226,6 +226,13 @@ class Trainer:
             self.optimizer.step()
         except torch.linalg.LinAlgError as error:
             raise NonFiniteLoss(f"no eigenvectors at step {self.done + 1}: {error}") from error
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            if self.cfg.optimizer.name != "any" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"{self.cfg.optimizer.target} cannot take step {self.done + 1} ({type(error).__name__}: {error}); it has to "
+                "work with a plain step() on dense gradients"
+            ) from error
         self.timer.stop()
         self.done += 1
         return {

@@ -9,6 +9,7 @@ from .figures import comparison_figure, training_picture
 from .model_card import write_model_card
 from .records import RECORD_FILES, Run, find_runs, load_run
 from .summary import best_cell, findings, grid_table, results_table
+from .survey import load_speed, survey_figure, survey_report, survey_table
 
 __all__ = [
     "RECORD_FILES",
@@ -20,7 +21,11 @@ __all__ = [
     "finish",
     "grid_table",
     "load_run",
+    "load_speed",
     "results_table",
+    "survey_figure",
+    "survey_report",
+    "survey_table",
     "training_picture",
     "units",
     "write_model_card",

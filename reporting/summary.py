@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from . import units
 from .records import Run
 
 Rates = tuple[float, float]  # (rate of the matrices, rate of everything else)
+
+FEW = 8  # optimizers, of which each gets sentences of its own
 
 
 def by_optimizer(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -115,12 +118,18 @@ def grid_table(runs: Iterable[Run]) -> str:
 
 
 def findings(runs: Iterable[Run]) -> list[str]:
-    """What a reader of the table must know: the order, what the seeds cannot tell apart, bests at a grid's edge."""
+    """What a reader of the table must know: the order, what the seeds cannot tell apart, bests at a grid's edge.
+
+    With more than `FEW` optimizers, a sentence for each kind of remark instead of one for each optimizer, and no order, which
+    their table shows.
+    """
     runs = [run for run in runs if not math.isnan(run.perplexity)]
     best = ranking(runs)
     if not best:
         return []
-    values = {name: [run.perplexity for run in cell] for name, cell in best.items()}
+    edges = _edges(runs, best)
+    if len(best) > FEW:
+        return [*_compact_seeds(best), *_compact_edges(edges, len(best))]
     notes = [
         "Order, best first: "
         + ", ".join(
@@ -130,21 +139,82 @@ def findings(runs: Iterable[Run]) -> list[str]:
     ]
     for first, second in pairwise(best):
         names = f"{units.optimizer_name(first)} and {units.optimizer_name(second)}"
-        if len(values[first]) < 2 or len(values[second]) < 2:
+        if len(best[first]) < 2 or len(best[second]) < 2:
             notes.append(f"{names}: a single seed of one of them, so their difference has no error bar.")
-        elif max(values[first]) >= min(values[second]):
+        elif _overlap(best[first], best[second]):
             notes.append(f"{names}: the ranges over seeds overlap, so this sweep does not tell them apart.")
-    for name in best:
-        rates = list(cells(by_optimizer(runs)[name]))
+    notes += [
+        f"{units.optimizer_name(edge.name)}: the best {edge.what} ({edge.rate:g}) is the {edge.end} that was tried, "
+        "so a better one may lie outside the grid."
+        for edge in edges
+    ]
+    return notes
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """An optimizer whose best rate is the smallest or largest of those tried."""
+
+    name: str
+    what: str  # matrix rate, adam_lr
+    rate: float
+    end: str  # smallest, largest
+    tried: int  # values
+
+
+def _edges(runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> list[_Edge]:
+    groups, found = by_optimizer(runs), []
+    for name, cell in best.items():
+        pairs, chosen = list(cells(groups[name])), (cell[0].lr, cell[0].adam_lr)
         for index, what in enumerate(("matrix rate", "adam_lr")):
-            tried = sorted({pair[index] for pair in rates})
-            chosen = (best[name][0].lr, best[name][0].adam_lr)[index]
-            if len(tried) > 1 and chosen in (tried[0], tried[-1]):
-                end = "smallest" if chosen == tried[0] else "largest"
-                notes.append(
-                    f"{units.optimizer_name(name)}: the best {what} ({chosen:g}) is the {end} that was tried, "
-                    "so a better one may lie outside the grid."
-                )
+            tried = sorted({pair[index] for pair in pairs})
+            if len(tried) > 1 and chosen[index] in (tried[0], tried[-1]):
+                end = "smallest" if chosen[index] == tried[0] else "largest"
+                found.append(_Edge(name, what, chosen[index], end, len(tried)))
+    return found
+
+
+def _overlap(first: Sequence[Run], second: Sequence[Run]) -> bool:
+    """Do the ranges over seeds of two cells overlap, of which the first has the lower mean?"""
+    return max(run.perplexity for run in first) >= min(run.perplexity for run in second)
+
+
+def _compact_seeds(best: Mapping[str, Sequence[Run]]) -> list[str]:
+    single = [units.optimizer_name(name) for name, cell in best.items() if len(cell) < 2]
+    notes = []
+    if len(single) == len(best):
+        notes.append("A single seed of every optimizer: no difference has an error bar.")
+    elif single:
+        notes.append(f"A single seed, so no error bar on differences from others: {', '.join(single)}.")
+    near = [
+        f"{units.optimizer_name(first)} and {units.optimizer_name(second)}"
+        for first, second in pairwise(best)
+        if min(len(best[first]), len(best[second])) > 1 and _overlap(best[first], best[second])
+    ]
+    if near:
+        notes.append(f"The ranges over seeds overlap, so this sweep does not tell apart: {'; '.join(near)}.")
+    return notes
+
+
+def _compact_edges(edges: Sequence[_Edge], optimizers: int) -> list[str]:
+    notes = []
+    for what in ("matrix rate", "adam_lr"):
+        some = [edge for edge in edges if edge.what == what]
+        if not some:
+            continue
+        parts = []
+        for end in ("smallest", "largest"):
+            here = [edge for edge in some if edge.end == end]
+            rates = {edge.rate for edge in here}
+            if here:
+                which = f"{end} ({rates.pop():g})" if len(rates) == 1 else end
+                parts.append(f"the {which} for {', '.join(units.optimizer_name(edge.name) for edge in here)}")
+        counts = sorted({edge.tried for edge in some})
+        tried = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        notes.append(
+            f"The best {what} is at an end of its grid ({tried} values) for {len(some)} of {optimizers} optimizers, so a "
+            f"better one may lie outside: {'; '.join(parts)}."
+        )
     return notes
 
 

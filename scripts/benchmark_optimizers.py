@@ -37,9 +37,9 @@ from optimizers import partition  # noqa: E402
 from optimizers.base import is_update_time  # noqa: E402
 from pretraining.config import choices, compose, validate  # noqa: E402
 from pretraining.plan import Plan, make_plan  # noqa: E402
-from pretraining.record import environment, write_json  # noqa: E402
+from pretraining.record import environment, replace_text  # noqa: E402
 from pretraining.trainer import Trainer  # noqa: E402
-from reporting import SPEED_FORMAT  # noqa: E402
+from reporting.survey import SPEED_FORMAT  # noqa: E402
 
 OUT = ROOT / "results" / "runs" / "all" / "speed.json"
 ROUNDS = 2
@@ -111,7 +111,9 @@ class Stepper:
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the states of attention and MLP matrices, and of everything else's."""
         # The same split for all methods, also those with groups of their own.
-        split = partition(self.trainer.model, last_layer=self.trainer.cfg.optimizer.get("last_layer", "adam"), verbose=False)
+        split = partition(
+            self.trainer.model, last_layer=self.trainer.cfg.optimizer.get("last_layer", "adam"), verbose=False
+        )
         matrices = {p for group in split if not group.get("adam") for _, p in group["params"]}
         found: dict[str, dict[int, int]] = {"matrix": {}, "other": {}}
         for p, state in self.optimizer.state.items():
@@ -139,7 +141,7 @@ def measure_round(stepper: Stepper, batches: Sequence[Batch], warmup: int, steps
     return times
 
 
-def summarize(name: str, interval: int, rounds: Sequence[Times], tokens: int, sizes: dict[str, int]) -> dict[str, Any]:
+def summarize(name: str, rounds: Sequence[Times], tokens: int, interval: int, sizes: dict[str, int]) -> dict[str, Any]:
     """The record of one method. ``optimizer_ms`` is the mean over an interval: K - 1 ordinary steps and a refresh."""
     step = statistics.median(ms for times in rounds for ms in times.step_ms)
     refreshes = [ms for times in rounds for ms in times.refresh_ms]
@@ -155,9 +157,7 @@ def summarize(name: str, interval: int, rounds: Sequence[Times], tokens: int, si
         "forward_backward_ms": other,
         "tokens_per_second": 1000 * tokens / (mean + other),
         **sizes,
-        "rounds": [
-            {key: [round(ms, 3) for ms in values] for key, values in vars(times).items()} for times in rounds
-        ],
+        "rounds": [{key: [round(ms, 3) for ms in values] for key, values in vars(times).items()} for times in rounds],
     }
 
 
@@ -170,22 +170,17 @@ def measure(names: Sequence[str], steps: int, warmup: int, overrides: Sequence[s
     began = time.monotonic()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this process adds to it
     rounds: dict[str, list[Times]] = {name: [] for name in names}
-    facts: dict[str, tuple[int, dict[str, int]]] = {}
+    facts: dict[str, list[Any]] = {}  # interval and state bytes
     with tempfile.TemporaryDirectory() as folder:
         jobs = {name: prepare(name, overrides, Path(folder)) for name in names}
         first, plan = jobs[names[0]]
-        stepper = Stepper(first, plan)
-        batches = stepper.batches(warmup + steps)
-        measure_round(stepper, batches, 1, 1)  # thread pools and caches, which the first method would pay for
+        batches = Stepper(first, plan).batches(warmup + steps)
+        one_turn(first, plan, batches, 1, 1)  # thread pools and caches, which the first method would pay for
         for number in range(ROUNDS):
             for name in names if number % 2 == 0 else reversed(names):
-                free()
-                stepper = Stepper(*jobs[name])
-                times = measure_round(stepper, batches, warmup, steps)
+                times, *facts[name] = one_turn(*jobs[name], batches, warmup, steps)
                 rounds[name].append(times)
-                facts[name] = stepper.interval, stepper.state_bytes()
                 report(began, number, name, times)
-                del stepper  # before the next one is made
     return {
         "format": SPEED_FORMAT,
         "settings": {
@@ -202,7 +197,7 @@ def measure(names: Sequence[str], steps: int, warmup: int, overrides: Sequence[s
             "seconds": round(time.monotonic() - began),
         },
         "environment": environment(plan.device, 1, load_average_before=load),
-        "methods": [summarize(name, facts[name][0], rounds[name], plan.tokens_per_step, facts[name][1]) for name in names],
+        "methods": [summarize(name, rounds[name], plan.tokens_per_step, *facts[name]) for name in names],
     }
 
 
@@ -213,10 +208,15 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> tuple[DictConf
     return cfg, make_plan(cfg)
 
 
-def free() -> None:
+def one_turn(
+    cfg: DictConfig, plan: Plan, batches: Sequence[Batch], warmup: int, steps: int
+) -> tuple[Times, int, dict[str, int]]:
+    """A round of one method on a new model: times, interval and state bytes. The model before it is gone by then."""
     gc.collect()  # models and optimizers hold each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    stepper = Stepper(cfg, plan)
+    return measure_round(stepper, batches, warmup, steps), stepper.interval, stepper.state_bytes()
 
 
 def report(began: float, number: int, name: str, times: Times) -> None:
@@ -230,6 +230,8 @@ def report(began: float, number: int, name: str, times: Times) -> None:
 
 def refuse_to_lose(out: Path, names: Iterable[str]) -> None:
     """Raise UserError if ``out`` holds methods that are not measured now: figures of two sessions are not mixed."""
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give --out the name of a file, such as {out / 'speed.json'}.")
     if not out.is_file():
         return
     try:
@@ -238,17 +240,32 @@ def refuse_to_lose(out: Path, names: Iterable[str]) -> None:
         raise UserError(f"{out} is not a record of this script: choose another --out.") from None
     lost = sorted(there - set(names))
     if lost:
+        some = ", ".join(lost[:3]) + (", ..." if lost[3:] else "")
         raise UserError(
-            f"{out} holds {len(lost)} methods that would not be measured now ({', '.join(lost[:3])}...): choose another "
-            "--out, or remove that file."
+            f"{out} holds {len(lost)} methods that would not be measured now ({some}): choose another --out, or remove "
+            "that file."
         )
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    """One line for each method, so that differences can be read."""
+    lines = ",\n  ".join(json.dumps({key: rounded(value) for key, value in line.items()}) for line in record["methods"])
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "methods"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, "{\n " + ",\n ".join([*parts, f'"methods": [\n  {lines}\n ]']) + "\n}\n")
+
+
+def rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="methods, as in alice,racs; default every one in configs/optimizer")
-    parser.add_argument("--steps", type=int, default=8, help="ordinary updates of each method in each round")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="ordinary updates of each method in each of the two rounds"
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, which do not count")
     parser.add_argument("--out", type=Path, default=OUT, help="default results/runs/all/speed.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the configuration of train.py")
@@ -267,8 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nInterrupted: nothing was written.", file=sys.stderr)
         return 130
     record["environment"]["command"] = shlex.join(["python", "scripts/benchmark_optimizers.py", *words])
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(asked.out, record)
+    write(record, asked.out)
     print(f"{len(names)} methods in {record['settings']['seconds']} s: {asked.out}")
     return 0
 

@@ -4,6 +4,8 @@
     python scripts/compare.py --only alice,racs    some of its optimizers
     python scripts/compare.py --dry-run            what would run, and for how long
 
+    python scripts/compare.py --report-only        table and figure again, from the records alone
+
 Arguments of the form key=value go to train.py. Stopping is safe: the same command goes on with the cells that have
 not ended. Records, figure and table are written whatever the order of the optimizers turns out to be.
 """
@@ -39,7 +41,11 @@ from reporting import (  # noqa: E402
     findings,
     grid_table,
     load_run,
+    load_speed,
     results_table,
+    survey_figure,
+    survey_report,
+    survey_table,
     units,
 )
 from reporting.summary import ranking  # noqa: E402
@@ -214,21 +220,26 @@ def grid(plan: dict[str, Any], optimizers: Iterable[str], seeds: Iterable[int]) 
     ]
 
 
-def keep_settings(out: Path, settings: Sequence[str]) -> None:
+def keep_settings(out: Path, settings: Sequence[str], command: str, jobs: int) -> None:
     """Note what all cells of `out` share, and refuse to mix cells of different settings in one comparison."""
     file = out / "sweep.yaml"
-    if file.is_file():
-        there = yaml.safe_load(file.read_text(encoding="utf-8"))["settings"]
-        if there != list(settings):
-            raise ValueError(
-                f"{out} holds a sweep with other settings ({' '.join(there)}): choose another --out, "
-                "or remove that folder."
-            )
+    there = kept_settings(out).get("settings", list(settings))
+    if there != list(settings):
+        raise ValueError(
+            f"{out} holds a sweep with other settings ({' '.join(there)}): choose another --out, or remove that folder."
+        )
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump({"settings": list(settings)}), encoding="utf-8")
+    kept = {"settings": list(settings), "command": command, "jobs": jobs}
+    file.write_text(yaml.safe_dump(kept, sort_keys=False, width=1000), encoding="utf-8")
 
 
-def write_report(out: Path, figure: Path, command: str, jobs: int) -> str:
+def kept_settings(out: Path) -> dict[str, Any]:
+    """What `keep_settings` has noted; empty where there is nothing."""
+    file = out / "sweep.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_report(out: Path, figure: Path, command: str, jobs: int | None) -> str:
     """Draw the figure, write `out`/README.md, and return the table with what must be said about it."""
     runs = find_runs(out)
     comparison_figure(runs, figure)
@@ -253,7 +264,24 @@ def write_report(out: Path, figure: Path, command: str, jobs: int) -> str:
     return f"{table}\n\n{remarks}"
 
 
-def circumstances(runs: Sequence[Run], command: str, jobs: int) -> list[tuple[str, str]]:
+def write_survey(out: Path, figure: Path, command: str, jobs: int | None, again: str, expected: dict[str, int]) -> str:
+    """As `write_report`, for many optimizers with few pairs of rates each, and with the speeds in `out`/speed.json.
+
+    Args:
+        command: that ran the sweep.
+        again: the command that makes the report from the records.
+        expected: optimizers of the plan, and how many pairs of rates each is to have.
+    """
+    runs, speed = find_runs(out), load_speed(out / "speed.json")
+    survey_figure(runs, figure, speed, expected)
+    made = [*circumstances(runs, command, jobs), ("This report, from the records", f"`{again}`")]
+    (out / "README.md").write_text(
+        survey_report(runs, speed, expected, os.path.relpath(figure, out), made) + "\n", encoding="utf-8"
+    )
+    return survey_table(runs, speed, expected)
+
+
+def circumstances(runs: Sequence[Run], command: str, jobs: int | None) -> list[tuple[str, str]]:
     def all_values(values: Iterable[Any]) -> str:
         return "; ".join(sorted({str(value) for value in values if value is not None})) or "unknown"
 
@@ -270,7 +298,7 @@ def circumstances(runs: Sequence[Run], command: str, jobs: int) -> list[tuple[st
         ("Seeds", ", ".join(map(str, sorted({run.seed for run in runs if run.seed is not None})))),
         ("Precision", all_values(run.environment.get("precision", run.setting("trainer.precision")) for run in runs)),
         ("Hardware", hardware),
-        ("Runs at once", f"{jobs}" + (" (which lowers tokens/s)" if jobs > 1 else "")),
+        *([("Runs at once", f"{jobs}" + (" (which lowers tokens/s)" if jobs > 1 else ""))] if jobs else []),
         ("torch", all_values(run.environment.get("versions", {}).get("torch") for run in runs)),
         ("Commit", all_values(run.environment.get("commit") for run in runs)),
     ]
@@ -294,6 +322,15 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
         "--extra-seeds", type=_seeds, default=[43, 44], help="more seeds of the best cells; '' for none"
     )
     parser.add_argument("--steps", type=int, default=None, help="shorter runs, to try the sweep out")
+    parser.add_argument(
+        "--report",
+        choices=("grid", "survey"),
+        default=None,
+        help="grid: curves and all rates of a few optimizers; survey: a row for each of many; default: the plan's, else grid",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="write report and figure from the records, run nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.py")
     asked = parser.parse_intermixed_args(words)
@@ -305,6 +342,12 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
     unknown = [name for name in optimizers if name not in plan["lr"]]
     if unknown:
         parser.error(f"{asked.plan.name} has no grid for {', '.join(unknown)}: choose from {', '.join(plan['lr'])}.")
+    if asked.report_only:
+        try:
+            return _say_report(asked, make_report(asked, plan, optimizers, words))
+        except (OSError, ValueError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     settings = [
         f"experiment={plan['experiment']}",
         *plan["overrides"],
@@ -335,7 +378,7 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
             print(shlex.join(sweep.command(cell)) + ("   # recorded" if sweep.has_ended(cell) else ""))
         return 0
     try:
-        keep_settings(sweep.out, settings)
+        keep_settings(sweep.out, settings, command_of(words), asked.jobs)
         sweep.run(cells)
         best = ranking(find_runs(sweep.out))
         more = [
@@ -346,15 +389,35 @@ def main(argv: Sequence[str] | None = None, trainer: Sequence[str] = TRAINER) ->
         ]
         sweep.total = len(cells) + len(more)
         sweep.run(more)
-        report = write_report(
-            sweep.out, asked.figure.resolve(), shlex.join(["python", "scripts/compare.py", *words]), asked.jobs
-        )
+        report = make_report(asked, plan, optimizers, words)
     except (RuntimeError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on with the cells that have not ended.", file=sys.stderr)
         return 130
+    return _say_report(asked, report)
+
+
+def make_report(
+    asked: argparse.Namespace, plan: dict[str, Any], optimizers: Sequence[str], words: Sequence[str]
+) -> str:
+    """Write the figure and README.md that the plan or --report asks for; returns what is shown of it."""
+    out, figure = asked.out.resolve(), asked.figure.resolve()
+    kept = kept_settings(out)
+    words = [word for word in words if word != "--report-only"]
+    command, jobs = kept.get("command", command_of(words)), kept.get("jobs")
+    if (asked.report or plan.get("report", "grid")) == "grid":
+        return write_report(out, figure, command, jobs)
+    expected = {name: len(plan["lr"][name]) * len(plan["adam_lr"]) for name in optimizers}
+    return write_survey(out, figure, command, jobs, command_of([*words, "--report-only"]), expected)
+
+
+def command_of(words: Sequence[str]) -> str:
+    return shlex.join(["python", "scripts/compare.py", *words])
+
+
+def _say_report(asked: argparse.Namespace, report: str) -> int:
     print(f"\n{report}\n\nfigure {asked.figure}\nrecords and report {asked.out}")
     return 0
 

@@ -29,7 +29,7 @@ ELEMENTS = {
     "racs_no_ema": m + n + 1,
     "galore": 2 * n * r + m * r,
     "fira": 2 * n * r + m * r + 1,  # the limiter's norm, which the paper does not count
-    "fira_plus": 2 * n * r + m * r + 1,
+    "fira_plus": 2 * n * r + m * r + r**2,
     "alice": 2 * n * r + m * r + n + r**2 + 1,
     "alice_0": 2 * n * r + m * r + n + 1,
     "apollo": 2 * n * r + 1,
@@ -68,8 +68,6 @@ def stored(name: str, shape: tuple[int, int]) -> dict[str, Tensor]:
     options = {key: r for key in ("rank",) if name in LOW_RANK} | ({"leading": 2} if name in SWITCHED else {})
     if name == "any":
         options = {"target": "torch.optim.RMSprop", "lr": 0.1, "options": {}}
-    if name in ("apollo", "apollo_mini", "apollo_svd"):
-        options["limiter"] = 1.01
     optimizer = create(name, model, verbose=False, **options)
     model.q_proj.weight.grad = torch.randn(shape)
     if hasattr(optimizer, "update_estimate"):

@@ -150,10 +150,7 @@ def test_optimizer_files_and_signatures_have_the_same_defaults(method: str) -> N
     # what a name stands for, beyond the options that make it: the paper's or the published code's values
     own = {
         "alice_0": {"betas": [0.9, 0.9, 0.0]},
-        "fira_plus": {"betas": [0.9, 0.9, 0.0]},
-        "apollo": {"limiter": 1.01},
-        "apollo_mini": {"limiter": 1.01, "scale": 11.3137085},
-        "apollo_svd": {"limiter": 1.01},
+        "apollo_mini": {"scale": 11.3137085},
         "muon_paper": {"ns_dtype": "float32"},
     }.get(method, {})
     for name, parameter in inspect.signature(OURS[method]).parameters.items():

@@ -72,3 +72,26 @@ def test_seeds_that_lie_apart_are_not_called_overlapping(tmp_path):
         write(tmp_path, "alice", 0.02, 0.005, seed, 53.0 + seed / 100)
         write(tmp_path, "adam", 0.02, 0.005, seed, 63.0 + seed / 100)
     assert len(findings(find_runs(tmp_path))) == 1
+
+
+def test_with_many_optimizers_each_kind_of_remark_is_one_sentence(tmp_path):
+    for i, name in enumerate("abcdefghij"):
+        write(tmp_path, name, 0.01, 0.02, perplexity=50.0 + i + (20 if name == "j" else 0))
+        write(tmp_path, name, 0.03, 0.02, perplexity=60.0 + i)
+    write(tmp_path, "a", 0.003, 0.02, perplexity=90.0)
+    assert findings(find_runs(tmp_path)) == [
+        "A single seed of every optimizer: no difference has an error bar.",
+        "The best matrix rate is at an end of its grid (2 values) for 9 of 10 optimizers, so a better one may lie outside: "
+        "the smallest (0.01) for b, c, d, e, f, g, h, i; the largest (0.03) for j.",
+    ]
+
+
+def test_with_many_optimizers_those_with_seeds_are_told_apart(tmp_path):
+    for i, name in enumerate("abcdefghi"):
+        write(tmp_path, name, 0.01, 0.02, perplexity=50.0 + i + (i > 1))
+    for name, value in (("a", 52.0), ("b", 50.5), ("c", 53.2)):
+        write(tmp_path, name, 0.01, 0.02, seed=43, perplexity=value)
+    assert findings(find_runs(tmp_path)) == [
+        "A single seed, so no error bar on differences from others: d, e, f, g, h, i.",
+        "The ranges over seeds overlap, so this sweep does not tell apart: b and a.",
+    ]

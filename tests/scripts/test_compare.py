@@ -155,6 +155,60 @@ def test_cells_of_different_settings_are_not_mixed(sweep):
     assert "other settings" in printed and "trainer.steps=9" in printed
 
 
+def test_the_report_is_rebuilt_from_records_alone(sweep):
+    sweep("--jobs", "2", "--extra-seeds", "")
+    report, figure = sweep.out / "README.md", sweep.folder / "figures" / "compare.png"
+    text, picture = report.read_text(), figure.read_bytes()
+    report.unlink()
+    figure.unlink()
+    code, printed, calls = sweep("--report-only")
+    assert code == 0 and calls == [] and "| Alice | 0.02 |" in printed
+    assert (report.read_text(), figure.read_bytes()) == (text, picture)  # also the sweep's command and jobs
+    assert "--jobs 2 --extra-seeds ''`" in text and "- Runs at once: 2" in text
+
+
+def test_records_of_a_sweep_before_commands_were_noted_can_be_reported(sweep):
+    sweep("--extra-seeds", "")
+    kept = yaml.safe_load((sweep.out / "sweep.yaml").read_text())
+    (sweep.out / "sweep.yaml").write_text(yaml.safe_dump({"settings": kept["settings"]}))
+    assert sweep("--report-only")[0] == 0
+    report = (sweep.out / "README.md").read_text()
+    assert "Runs at once" not in report and "--report-only" not in report
+    assert sweep("--extra-seeds", "")[2] == []  # and such a sweep goes on
+
+
+def test_without_records_a_report_says_so(sweep):
+    code, printed, calls = sweep("--report-only")
+    assert code == 1 and calls == []
+    assert printed.startswith("error: There is no folder") and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("asked", ["by the plan", "by the command"])
+def test_a_survey_instead_of_the_grid(sweep, asked):
+    plan = sweep.folder / "plan.yaml"
+    if asked == "by the plan":
+        plan.write_text(plan.read_text() + "report: survey\n")
+    words = ["--report", "survey"] if asked == "by the command" else []
+    code, printed, calls = sweep("--extra-seeds", "", *words)
+    assert code == 0 and len(calls) == 4
+    report = (sweep.out / "README.md").read_text()
+    assert "| Alice `alice` | 0.02 | 0.005 | 50.00 | 60.00 |" in report and "| Alice `alice` |" in printed
+    assert "| RACS `racs` | 0.02 | 0.005 | 50.00 | diverged |" in report
+    assert "each method at the best of its pairs of rates" in report and ": 2 pairs." in report
+    assert "- Steps: 9" in report and "- Seeds: 42" in report and "- Commit: 4f81fa7c0ffee" in report
+    assert "Not measured yet" in report and "../figures/compare.png" in report
+    [again] = [line for line in report.splitlines() if line.startswith("- This report, from the records: ")]
+    assert again.endswith("--report-only`")
+    assert (sweep.folder / "figures" / "compare.png").is_file()
+
+
+def test_a_broken_speed_record_is_named(sweep):
+    sweep("--extra-seeds", "")
+    (sweep.out / "speed.json").write_text("{}")
+    code, printed, _ = sweep("--report", "survey", "--report-only")
+    assert code == 1 and "speed.json is not a speed record" in printed
+
+
 def test_an_optimizer_without_a_grid_is_refused_with_the_choices(sweep, capsys):
     with pytest.raises(SystemExit) as stopped:
         sweep("--only", "alice,lion")

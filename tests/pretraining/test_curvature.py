@@ -1,6 +1,7 @@
 """The estimates that Sophia gets, against the whole Hessian of a small model."""
 
 import copy
+import zlib
 
 import pytest
 import torch
@@ -97,6 +98,36 @@ def test_where_the_model_is_certain_the_drawn_label_is_its_own(net):
     assert all(g.abs().max() < 1e-12 for g in found)
 
 
+@pytest.mark.parametrize("name", ["sophia_h", "sophia_g"])
+def test_the_trainer_averages_over_targets(name, tmp_path):
+    """Hutchinson's estimate is of the mean loss; Gauss-Newton-Bartlett's is B g g for the gradient g of the mean loss."""
+    from pretraining.config import compose, validate
+    from pretraining.trainer import Trainer, make_plan
+
+    cfg = compose(["experiment=quickstart", "model.hidden_size=16", "model.intermediate_size=24", "data.length=16",
+                   "model.num_hidden_layers=1", "model.num_attention_heads=2", "trainer.precision=fp32", "seed=5",
+                   "trainer.batch_size=6", "trainer.micro_batch_size=4", "data.validation_max_tokens=500",
+                   "eval.ngrams=false", f"optimizer={name}", f"run_dir={tmp_path}/run"])  # fmt: skip
+    validate(cfg)
+    trainer = Trainer(cfg, make_plan(cfg))
+    rows = next(trainer.batches)
+    B = int((rows["labels"][:, 1:] != IGNORE).sum())
+    given = {}
+    trainer.optimizer.update_estimate = given.update
+    trainer._estimate_curvature(rows, torch.tensor(B))
+    trainer.batches.close()
+
+    params = trainer.optimizer.param_groups[0]["params"]
+    assert list(given) == params and B > 6
+    generator = torch.Generator().manual_seed(zlib.crc32(b"5/0/0"))
+    pieces = [(rows["input_ids"][i], rows["labels"][i]) for i in (slice(0, 4), slice(4, 6))]
+    estimator = hutchinson if name == "sophia_h" else label_gradient
+    summed = estimator(lambda ids: trainer.model(input_ids=ids).logits, pieces, params, generator)
+    for p, total in zip(params, summed, strict=True):
+        wanted = total / B if name == "sophia_h" else B * (total / B).square()
+        torch.testing.assert_close(given[p], wanted)
+
+
 def llama():
     torch.manual_seed(0)
     from pretraining.config import compose
@@ -128,8 +159,10 @@ def test_checkpoints_of_every_method_go_on_bit_for_bit(name, tmp_path):
     takes = METHODS[name][0]
     known = takes.__init__.__kwdefaults__ if isinstance(takes, type) else {}
     options = {key: value for key, value in options.items() if key in (known or {})}
-    if name == "any":
-        options = {"target": "pytorch_optimizer.Lion", "options": {}}
+    if name == "any":  # keeps averages in its parameter groups
+        options = {"target": "pytorch_optimizer.ScheduleFreeAdamW"}
+    if name == "adam_8bit":  # or these small tensors stay in float32
+        options = {"min_8bit_size": 1}
     options |= {"lr": 0.01, "adam_lr": 0.01, "verbose": False}
 
     model = llama()

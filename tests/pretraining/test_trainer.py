@@ -102,6 +102,7 @@ def test_resuming_gives_the_same_losses_bit_for_bit(tmp_path, optimizer):
     """Stopped after 3 and after 6 of 8 steps, with random switching between."""
     more = ["trainer.save_every=3", f"optimizer={optimizer}"]
     more += ALICE[1:] if optimizer == "alice" else []
+    more += ["optimizer.update_interval=2"] if "sophia" in optimizer else []  # estimates before and after each stop
     train(config(tmp_path / "whole", *more))
     stopped = tmp_path / "stopped"
 
@@ -399,12 +400,15 @@ def test_mistakes_end_in_a_sentence_and_an_exit_code():
         assert expected in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_processes_compute_the_losses_and_gradients_of_one(tmp_path, n):
+SOPHIA = ["optimizer=sophia_h", "optimizer.lr=0.001", "optimizer.update_interval=2", "optimizer.gamma=1"]
+
+
+@pytest.mark.parametrize(("n", "method"), [(2, SOPHIA), (4, ALICE)], ids=["2-sophia", "4-alice"])
+def test_processes_compute_the_losses_and_gradients_of_one(tmp_path, n, method):
     """Uneven shares of rows (6 over 4) and of real tokens; Alice itself would not notice a wrong scale of gradients."""
-    more = ["data.rows=truncate", "data.length=200", "trainer.save_every=100", "trainer.save_model=false"]
+    more = [*method, "data.rows=truncate", "data.length=200", "trainer.save_every=100", "trainer.save_model=false"]
     train(config(tmp_path / "one", *more))
-    words = [*TINY, *ALICE, *more, f"run_dir={tmp_path / 'many'}"]
+    words = [*TINY, *more, f"run_dir={tmp_path / 'many'}"]
     door("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *words)
     for ours, theirs in zip(lines(tmp_path / "many"), lines(tmp_path / "one"), strict=True):
         assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])

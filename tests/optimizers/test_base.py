@@ -410,16 +410,25 @@ def test_zero_and_tiny_gradients_stay_finite():
         (lambda m: create("alice", m, switching="sometimes"), "one of none, complement"),
         (lambda m: create("alic", m), "choose one of adafactor, adam"),
         (lambda m: create("alice", m, rank=4, leading=2, state_dtype="int7"), "state_dtype = 'int7' .* or 8bit"),
-        (lambda m: create("alice", m, rank=4, leading=2, adam_state_dtype="8bit"), "state_dtype = '8bit' is not possible"),
+        (
+            lambda m: create("alice", m, rank=4, leading=2, adam_state_dtype="8bit"),
+            "state_dtype = '8bit' is not possible",
+        ),
         (lambda m: create("soap", m, state_dtype="8bit"), "state_dtype = '8bit' is not possible"),
         (lambda m: create("galore", m, rank=4, betas=(0.9, 0.9, 0.999)), "set it to two numbers"),
         (lambda m: create("any", m, target="torch.optim.Adam.Foo", lr=1), "torch.optim.Adam: check the spelling"),
         (lambda m: create("any", m, target="nowhere.X", lr=1), "no module nowhere: install it"),
         (lambda m: create("any", m, target="optimizers.Sophia", lr=1), "use optimizer=sophia_h"),
-        (lambda m: create("any", m, target="torch.optim.SGD", lr=1, options={"lrs": 1}), "its options are lr, momentum"),
+        (
+            lambda m: create("any", m, target="torch.optim.SGD", lr=1, options={"lrs": 1}),
+            "its options are lr, momentum",
+        ),
         (lambda m: create("adam_mini", m), "needs model.config.num_attention_heads"),
         (lambda m: create("adam_mini", m, adam_eps=1e-6), "leave out adam_eps"),
-        (lambda m: create("sophia_h", m).update_estimate({m[0].weight: m[0].weight}), "estimate of 1.weight is missing"),
+        (
+            lambda m: create("sophia_h", m).update_estimate({m[0].weight: m[0].weight}),
+            "estimate of 1.weight is missing",
+        ),
         (lambda m: RACS(m.parameters()), r"parameter 1 has shape \[12\], and RACS updates matrices only"),
     ],
 )

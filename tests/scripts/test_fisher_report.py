@@ -81,7 +81,7 @@ def test_tables_and_figure_come_from_the_record_alone(folder, monkeypatch, capsy
     assert adam[-3:] == ["512", "2.000", "4.00"]  # two matrices of 128 weights
     shares = [f"{(0.3 + 0.49) / 2 / 0.37:.3f}"] * 2  # of what general blocks, the last row, capture
     assert cells(text, "Diagonal")[1:] == ["0.4000", "0.9000"] * 2 + shares
-    assert cells(text, "c I")[1] == "sgd"
+    assert cells(text, "c I")[1] == "SGD"
     assert cells(text, "c I")[-3:] == ["-", "-", "-"]  # not timed
     assert cells(text, "Diagonal | EigenAdam")[2:] == ["1 of 2", "0 of 2", "1 of 2", "0 of 2"]
     assert "worse than Adam's diagonal in 1 of 2 cases (50%) with sequences" in capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_a_measurement(tmp_path, monkeypatch):
     assert states["adam", "gate"] == 2 * 32 * 48
     assert states["racs", "gate"] == 32 + 48 + 1
     assert states["soap", "q"] == 2 * 32 * 32 + 4 * 32 * 32
-    assert states["sgd", "q"] == states["whitening", "q"] == 0
+    assert (states["sgd", "q"], states["whitening", "q"]) == (32 * 32, 0)  # SGD with its momentum
     # Exact minimisers keep the order of generality, also on real gradients; so does SOAP in Shampoo's basis.
     for kind in script.KINDS:
         for pair in (("TwoSidedScaling", "Diagonal"), ("Whitening", "EigenAdam"), ("Shampoo", "SOAP")):

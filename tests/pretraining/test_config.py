@@ -168,6 +168,18 @@ def test_every_method_has_a_file_and_a_quickstart_recipe() -> None:
     assert not {f"{name}-{model}" for name in METHODS for model in ("llama_tiny", "llama_tiny_4k")} - recipes
 
 
+COMPARED = {"adam", "alice", "alice_0", "muon", "racs"}  # whose rates are those of make compare, with 300 steps
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - COMPARED - {"any"}))
+def test_quickstart_rates_are_the_best_of_the_survey(method: str) -> None:
+    records = (CONFIGS.parent / "results" / "runs" / "all").glob(f"{method}-lr*/summary.json")
+    best = min(records, key=lambda file: json.loads(file.read_text())["perplexity"])
+    ran = OmegaConf.load(best.parent / "config.yaml").optimizer
+    recipe = OmegaConf.load(CONFIGS / "recipe" / f"{method}-llama_tiny.yaml").optimizer
+    assert (recipe.lr, recipe.adam_lr) == (ran.lr, ran.adam_lr)
+
+
 def test_experiments_set_no_hyper_parameters_of_methods() -> None:
     for name in choices("experiment"):
         experiment = OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml")

@@ -50,4 +50,4 @@ def test_it_learns_quietly(name, tmp_path, capfd):
         if line["kind"] == "eval"
     ]
     assert losses[0] > losses[1] > losses[2]
-    assert losses[0] - losses[2] > 0.003  # a rate of 1e-12 gives 1e-6
+    assert losses[0] - losses[2] > 3e-4  # a rate of 1e-12 gives less than 1e-6

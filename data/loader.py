@@ -21,7 +21,7 @@ import torch
 
 from .errors import UserError
 from .rows import CHUNK, check_rows, stream, tokenised, truncated
-from .sources import Source
+from .sources import Document, Source
 from .tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -49,7 +49,7 @@ class Plan:
     shuffle_buffer: int
     share: tuple[int, int]
 
-    def documents(self, place: Position) -> Iterator[tuple[int, int, str]]:
+    def documents(self, place: Position) -> Iterator[tuple[int, int, Document]]:
         """Endless (epoch, place in the epoch, text) from `place` on."""
         return stream(self.source, self.seed, self.shuffle_buffer, place.epoch, place.document)
 
@@ -231,12 +231,12 @@ def _truncated_steps(plan: Plan, place: Position) -> Iterator[Step]:
     documents = plan.documents(place)
     first, end = plan.share
     while True:
-        own: list[str] = []
+        own: list[Document] = []
         for i in range(plan.batch_size):
             epoch, document, text = next(documents)
             if first <= i < end:
                 own.append(text)
-        ids = list(tokenised(own, plan.tokenizer, plan.length - 1))
+        ids = list(tokenised(plan.source, own, plan.tokenizer, plan.length - 1))
         input_ids, labels = truncated(ids, plan.length, plan.tokenizer)
         batch = {"input_ids": input_ids, "labels": labels}
         yield Step(batch, epoch, Position(epoch, document + 1), dict(plan.source.lengths))
@@ -272,7 +272,7 @@ def _encoded(plan: Plan, place: Position) -> Iterator[tuple[Position, np.ndarray
     skip = place.offset
     while True:
         chunk = list(itertools.islice(documents, CHUNK))
-        tokens = plan.tokenizer.encode([text for _, _, text in chunk])
+        tokens = plan.source.tokens([document for _, _, document in chunk], plan.tokenizer)
         for (epoch, document, _), ids in zip(chunk, tokens, strict=True):
             yield (
                 Position(epoch, document, skip),

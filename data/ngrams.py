@@ -39,7 +39,7 @@ def training_sequences(
     check_rows(rows, length)
     eos = tokenizer.eos_id
     limit = length - 1 if rows == "truncate" else None
-    for ids in tokenised(itertools.islice(source.documents(), max_documents), tokenizer, limit):
+    for ids in tokenised(source, itertools.islice(source.documents(), max_documents), tokenizer, limit):
         yield np.array([*ids, eos] if rows == "truncate" else [eos, *ids, eos], dtype=np.int64)
 
 

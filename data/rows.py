@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .sources import Source
+from .sources import Document, Source
 from .tokenizer import Tokenizer
 
 IGNORE = -100  # label of positions that do not count in the loss, as in torch's cross_entropy
@@ -33,7 +33,7 @@ def generator(seed: int, epoch: int) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def shuffled(source: Source, seed: int, epoch: int, buffer: int, start: int = 0) -> Iterator[str]:
+def shuffled(source: Source, seed: int, epoch: int, buffer: int, start: int = 0) -> Iterator[Document]:
     """Documents of one epoch from place `start` of its shuffled order on; nothing where the epoch is shorter.
 
     Shards are read in a random order through a buffer of `buffer` documents, of which a random one leaves
@@ -89,7 +89,7 @@ def shuffled(source: Source, seed: int, epoch: int, buffer: int, start: int = 0)
         yield text
 
 
-def stream(source: Source, seed: int, buffer: int, epoch: int, document: int) -> Iterator[tuple[int, int, str]]:
+def stream(source: Source, seed: int, buffer: int, epoch: int, document: int) -> Iterator[tuple[int, int, Document]]:
     """Endless (epoch, place in the epoch, text) from the given place on; a place beyond the epoch's end carries on."""
     while True:
         for i, text in enumerate(shuffled(source, seed, epoch, buffer, document)):
@@ -114,15 +114,17 @@ def truncated(tokens: Sequence[Sequence[int]], length: int, tokenizer: Tokenizer
     return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
-def tokenised(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None = None) -> Iterator[list[int]]:
-    """Token ids of each text (the first `limit`), tokenised CHUNK texts at a time."""
-    chunk: list[str] = []
-    for text in texts:
-        chunk.append(text)
+def tokenised(
+    source: Source, documents: Iterable[Document], tokenizer: Tokenizer, limit: int | None = None
+) -> Iterator[Sequence[int]]:
+    """Token ids of each document of `source` (the first `limit`), CHUNK documents at a time."""
+    chunk: list[Document] = []
+    for document in documents:
+        chunk.append(document)
         if len(chunk) == CHUNK:
-            yield from tokenizer.encode(chunk, limit)
+            yield from source.tokens(chunk, tokenizer, limit)
             chunk = []
-    yield from tokenizer.encode(chunk, limit)
+    yield from source.tokens(chunk, tokenizer, limit)
 
 
 def check_rows(rows: str, length: int) -> None:
@@ -142,9 +144,9 @@ def validation_rows(source: Source, tokenizer: Tokenizer, length: int, rows: str
     """
     check_rows(rows, length)
     count = 0
-    ids: list[list[int]] = []
+    ids: list[Sequence[int]] = []
     tail: list[int] = []
-    documents = tokenised(source.documents(), tokenizer, length - 1 if rows == "truncate" else None)
+    documents = tokenised(source, source.documents(), tokenizer, length - 1 if rows == "truncate" else None)
     while max_tokens is None or count < max_tokens:
         following = next(documents, None)
         if rows == "truncate":

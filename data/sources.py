@@ -13,9 +13,12 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 SPLITS = ("train", "validation")
@@ -23,6 +26,9 @@ TEXT_ENDINGS = (".txt", ".txt.gz")
 JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 MISSING = "???"  # what Hydra leaves where a value must be given
 OFFLINE = "offline use data=c4_local data.path=DIR with a mirror of the files, data=text data.path=FILE, or data=sample"
+
+
+Document = Any  # a text, or where a source has tokenised before (`Source.tokens`), an array of token ids
 
 
 class Source:
@@ -43,7 +49,13 @@ class Source:
         """All documents of one shard, in file order, empty ones included."""
         raise NotImplementedError
 
-    def documents(self, start: int = 0, order: Sequence[int] | None = None) -> Iterator[str]:
+    def tokens(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, limit: int | None = None
+    ) -> Sequence[Sequence[int]]:
+        """Token ids of documents of this source, without special tokens; with `limit`, the first `limit` of each."""
+        return tokenizer.encode(documents, limit)
+
+    def documents(self, start: int = 0, order: Sequence[int] | None = None) -> Iterator[Document]:
         """Documents from number `start` on, shard after shard in `order` (default: 0, 1, 2, ...).
 
         Shards that were read to their end before are skipped without opening them. Raises `UserError` for

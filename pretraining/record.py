@@ -24,6 +24,9 @@ INDIFFERENT = (
     "experiment_name",
     "tracker",
     "data.path",  # a mirror may move; the loader compares what it holds
+    "data.retries",
+    "data.timeout",
+    "data.workers",
     "eval.batch_size",
     "trainer.device",
     "trainer.dry_run",

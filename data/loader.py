@@ -7,75 +7,42 @@ rows. Every rank reads all text, but with rows="truncate" it tokenises its own r
 
 from __future__ import annotations
 
-import itertools
-import queue
-import threading
+import sys
+import time
 import weakref
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
+from .ahead import Ahead
 from .errors import UserError
-from .rows import CHUNK, check_rows, stream, tokenised, truncated
-from .sources import Document, Source
+from .producer import Producer
+from .rows import check_rows
+from .sources import Source
+from .steps import Batch, Plan, Position, Step, batch, steps
 from .tokenizer import Tokenizer
 
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where the next step starts: `offset` tokens into place `document` of the shuffled `epoch`."""
-
-    epoch: int
-    document: int
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides a rank's rows: the sequence of rows, how many a step takes, and the rank's `share` of them."""
-
-    source: Source
-    tokenizer: Tokenizer
-    length: int
-    rows: str
-    batch_size: int
-    seed: int
-    shuffle_buffer: int
-    share: tuple[int, int]
-
-    def documents(self, place: Position) -> Iterator[tuple[int, int, Document]]:
-        """Endless (epoch, place in the epoch, text) from `place` on."""
-        return stream(self.source, self.seed, self.shuffle_buffer, place.epoch, place.document)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One produced step: this rank's rows, the epoch of its last row, and the state after it."""
-
-    batch: Batch
-    epoch: int
-    following: Position
-    lengths: dict[int, int]
+PATIENCE = 60.0  # seconds without a step after which, and every so often, a line says so
 
 
 class TrainingBatches:
     """Endless iterator over optimizer steps; each yields this rank's rows.
 
     A step is `{"input_ids", "labels"}`, int64 [b, length], where b is the rank's share of `batch_size` (the
-    sequences of a step of all ranks together); labels equal input_ids except IGNORE at padding. `epoch` is
-    the epoch of the last row yielded, `step` the number of the next step. A step may straddle two epochs; no
-    row is dropped.
+    sequences of a step of all ranks together); labels equal input_ids except IGNORE at padding. With
+    attention="document" (rows="pack" only) it has "position_ids" too, which start again at every document, and
+    labels are IGNORE at a document's first token inside a row. `epoch` is the epoch of the last row yielded, `step`
+    the number of the next step, `waited` the seconds that steps were waited for in all. A step may straddle two
+    epochs; no row is dropped.
 
     Two ways to go on at step k, both bit-identical to a run that was never interrupted: `start_step=k`, which
     finds the place by reading (with rows="pack": tokenising) what lies before; and `load_state_dict`, which
-    goes straight there. `prefetch` steps are prepared by a background thread (0: none); its errors are raised
-    by the next step. Use it as a context manager or call `close()`. Raises `UserError`.
+    goes straight there.
+
+    `prefetch` steps are kept ready by a background thread (0: none, unless there are workers). With `workers` >= 1
+    they are made by a process of its own with that many tokenising threads. Neither changes a row. Errors of the
+    thread or the process are raised by the next step. Use it as a context manager or call `close()`. Raises
+    `UserError`.
     """
 
     def __init__(
@@ -91,8 +58,10 @@ class TrainingBatches:
         world_size: int = 1,
         start_step: int = 0,
         prefetch: int = 2,
+        workers: int = 0,
+        attention: str = "row",
     ) -> None:
-        check_rows(rows, length)
+        check_rows(rows, length, attention)
         if not 0 <= rank < world_size:
             raise UserError(
                 f"Rank {rank} of {world_size} ranks does not exist: check the launcher's RANK and WORLD_SIZE."
@@ -102,16 +71,19 @@ class TrainingBatches:
                 f"A batch of {batch_size} sequences cannot be divided over {world_size} ranks: raise "
                 "trainer.batch_size or use fewer ranks."
             )
-        if shuffle_buffer < 0 or start_step < 0 or prefetch < 0:
-            raise UserError("data.shuffle_buffer, the first step and the prefetch must not be negative.")
+        if min(shuffle_buffer, start_step, prefetch, workers) < 0:
+            raise UserError("data.shuffle_buffer, data.workers, the first step and the prefetch must not be negative.")
         share = (batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
-        self.plan = Plan(source, tokenizer, length, rows, batch_size, seed, shuffle_buffer, share)
+        self.plan = Plan(source, tokenizer, length, rows, attention, batch_size, seed, shuffle_buffer, share)
         self.prefetch = prefetch
+        self.workers = workers
         self.step = start_step
         self.epoch = 0
+        self.waited = 0.0
+        self._label = source.label + (f" (rank {rank})" if world_size > 1 else "")
         self._position: Position | None = None if start_step else Position(0, 0)
         self._lengths: dict[int, int] = {}
-        self._steps: Iterator[Step] | None = None
+        self._steps: Iterator[tuple[Step, Batch]] | None = None
         self._stop: weakref.finalize | None = None
         self._error: BaseException | None = None
         self._closed = False
@@ -124,40 +96,49 @@ class TrainingBatches:
             raise RuntimeError("these TrainingBatches are closed")
         if self._error is not None:
             raise self._error
-        if self._steps is None:
-            self._start()
-            assert self._steps is not None
+        began = time.perf_counter()
         try:
-            step = next(self._steps)
+            if self._steps is None:
+                self._steps = self._start()
+            step, tensors = next(self._steps)
         except Exception as error:
             self._error = error
             raise
         except BaseException:  # Ctrl-C while waiting: the next call starts again at the same place
             self._halt()
             raise
+        finally:
+            self.waited += time.perf_counter() - began
         self.step += 1
         self.epoch = step.epoch
         self._position = step.following
-        self._lengths = step.lengths
-        return step.batch
+        self._lengths = step.counts.lengths
+        if self.workers:
+            step.counts.add_to(self.plan.source)
+        return tensors
 
-    def _start(self) -> None:
-        steps = _steps(self.plan, self._position, self.step)
-        if self.prefetch == 0:
-            self._steps = steps
-            return
-        items: queue.Queue[Step | BaseException] = queue.Queue(self.prefetch)
-        stop = threading.Event()
-        thread = threading.Thread(target=_produce, args=(steps, items, stop), name="data-prefetch", daemon=True)
-        # Neither the thread nor the generator refers to this object, so a forgotten loader is collected and
-        # stops its thread; at interpreter exit the thread is stopped before Python's machinery is taken down
-        # under it.
-        self._stop = weakref.finalize(self, _stop, stop, thread)
-        self._steps = _consume(items, thread)
-        thread.start()
+    def _start(self) -> Iterator[tuple[Step, Batch]]:
+        plan = self.plan
+        if not self.workers and not self.prefetch:
+            made = _with_batches(plan, steps(plan, self._position, self.step))
+            self._stop = weakref.finalize(self, made.close)
+            return made
+        producer = Producer(plan, self._position, self.step, self.workers) if self.workers else None
+        items = producer.steps() if producer else steps(plan, self._position, self.step)
+        ahead = Ahead(
+            _with_batches(plan, items),
+            max(1, self.prefetch),
+            "data-prefetch",
+            PATIENCE,
+            partial(_tell, self._label),
+        )
+        # Neither the thread nor the generators refer to this object, so a forgotten loader is collected and
+        # stops them; at interpreter exit they are stopped before Python's machinery is taken down under them.
+        self._stop = weakref.finalize(self, _stop, ahead, producer)
+        return ahead
 
     def close(self) -> None:
-        """Stop the background thread. Safe to call twice."""
+        """Stop the background thread and the process. Safe to call twice."""
         self._closed = True
         self._halt()
 
@@ -188,7 +169,7 @@ class TrainingBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. The number of ranks may differ; anything that orders rows may not."""
-        theirs, ours = state["contract"], self._contract()
+        theirs, ours = {"attention": "row", **state["contract"]}, self._contract()  # older states know no other
         different = sorted(key for key in ours if theirs.get(key) != ours[key])
         if different:
             changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {ours[key]!r}" for key in different)
@@ -212,125 +193,27 @@ class TrainingBatches:
             "tokenizer": plan.tokenizer.fingerprint,
             "length": plan.length,
             "rows": plan.rows,
+            "attention": plan.attention,
             "batch_size": plan.batch_size,
             "seed": plan.seed,
             "shuffle_buffer": plan.shuffle_buffer,
         }
 
 
-def _steps(plan: Plan, place: Position | None, step: int) -> Iterator[Step]:
-    """The steps from `place` on, or from the one where `step` starts. A generator: nothing is read before the first."""
-    if plan.rows == "truncate":
-        # A row is a document, and the stream itself finds a place that lies epochs ahead.
-        yield from _truncated_steps(plan, place or Position(0, step * plan.batch_size))
-    else:
-        yield from _packed_steps(plan, place or _packed_place(plan, step * plan.batch_size * plan.length))
+def _with_batches(plan: Plan, made: Iterator[Step]) -> Generator[tuple[Step, Batch], None, None]:
+    for step in made:
+        yield step, batch(plan, step)
 
 
-def _truncated_steps(plan: Plan, place: Position) -> Iterator[Step]:
-    documents = plan.documents(place)
-    first, end = plan.share
-    while True:
-        own: list[Document] = []
-        for i in range(plan.batch_size):
-            epoch, document, text = next(documents)
-            if first <= i < end:
-                own.append(text)
-        ids = list(tokenised(plan.source, own, plan.tokenizer, plan.length - 1))
-        input_ids, labels = truncated(ids, plan.length, plan.tokenizer)
-        batch = {"input_ids": input_ids, "labels": labels}
-        yield Step(batch, epoch, Position(epoch, document + 1), dict(plan.source.lengths))
+def _tell(label: str, seconds: float) -> None:
+    print(
+        f"data: training has waited {seconds:.0f} s for its next step; being read: {label}", file=sys.stderr, flush=True
+    )
 
 
-def _packed_steps(plan: Plan, place: Position) -> Iterator[Step]:
-    documents = _encoded(plan, place)
-    need = plan.batch_size * plan.length
-    pieces: deque[tuple[Position, np.ndarray]] = deque()  # tokens not yet used, with the place of the first
-    available = 0
-    while True:
-        while available <= need:  # one token more, so that the place of the next step is known
-            pieces.append(next(documents))
-            available += len(pieces[-1][1])
-        taken: list[np.ndarray] = []
-        missing = need
-        while missing:
-            at, ids = pieces.popleft()
-            taken.append(ids[:missing])
-            if missing < len(ids):
-                pieces.appendleft((Position(at.epoch, at.document, at.offset + missing), ids[missing:]))
-            missing -= len(taken[-1])
-        available -= need
-        rows = np.concatenate(taken).reshape(plan.batch_size, plan.length)[slice(*plan.share)]
-        input_ids = torch.from_numpy(rows.copy())
-        batch = {"input_ids": input_ids, "labels": input_ids.clone()}
-        yield Step(batch, at.epoch, pieces[0][0], dict(plan.source.lengths))
-
-
-def _encoded(plan: Plan, place: Position) -> Iterator[tuple[Position, np.ndarray]]:
-    """Tokens of each document, end-of-text included, from `place` on, without end."""
-    documents = plan.documents(place)
-    skip = place.offset
-    while True:
-        chunk = list(itertools.islice(documents, CHUNK))
-        tokens = plan.source.tokens([document for _, _, document in chunk], plan.tokenizer)
-        for (epoch, document, _), ids in zip(chunk, tokens, strict=True):
-            yield (
-                Position(epoch, document, skip),
-                np.array([*ids, plan.tokenizer.eos_id], dtype=np.int64)[skip:],
-            )
-            skip = 0
-
-
-def _packed_place(plan: Plan, tokens: int) -> Position:
-    """Where token number `tokens` of the whole sequence lies.
-
-    Every epoch has the same tokens in another order, so that whole epochs are counted, not read.
-    """
-    epoch = passed = 0
-    documents = _encoded(plan, Position(0, 0))
-    while True:
-        at, ids = next(documents)
-        if at.epoch > epoch:  # the first epoch ended before the place
-            epoch, tokens = divmod(tokens, passed)
-            passed = 0
-            documents = _encoded(plan, Position(epoch, 0))
-        elif passed + len(ids) > tokens:
-            return Position(epoch, at.document, tokens - passed)
-        else:
-            passed += len(ids)
-
-
-def _produce(steps: Iterator[Step], items: queue.Queue[Step | BaseException], stop: threading.Event) -> None:
-    """Body of the background thread: put steps, or the error that ended them, until told to stop."""
-    while not stop.is_set():
-        item: Step | BaseException
-        try:
-            item = next(steps)
-        except BaseException as error:
-            item = error
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
-            return
-
-
-def _consume(items: queue.Queue[Step | BaseException], thread: threading.Thread) -> Iterator[Step]:
-    while True:
-        try:
-            item = items.get(timeout=1.0)
-        except queue.Empty:
-            if thread.is_alive() or not items.empty():
-                continue
-            raise RuntimeError("the data thread ended without a word") from None
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-
-
-def _stop(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    thread.join(timeout=10.0)
+def _stop(ahead: Ahead[tuple[Step, Batch]], producer: Producer | None) -> None:
+    if producer is not None:
+        producer.kill()  # first: the thread may be waiting for it
+    ahead.stop()
+    if producer is not None:
+        producer.close()

@@ -1,21 +1,25 @@
 """Where documents come from: files in C4's layout, text files, the Hugging Face Hub, the embedded sample.
 
-A source is a list of shards (files, for local sources), each a sequence of documents in file order. Documents
-that are empty or whitespace are skipped and counted; the numbering of documents leaves them out.
+A source is a list of shards (files, for most sources), each a sequence of documents in file order. Documents
+that are empty or whitespace are skipped and counted; the numbering of documents leaves them out. With
+on_error="skip" so are damaged documents and what follows a damaged place of a file, which is always the same for
+the same bytes. What is not in the bytes always stops the run: a file that is missing, cannot be read or has changed.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import os
-import zlib
+import random
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .lines import Damage, decoded, file_chunks, file_size, inflate, json_text, split_lines
+from .mirror import Mirror, find_mirror
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -24,26 +28,51 @@ SAMPLE = Path(__file__).resolve().parent / "sample"
 SPLITS = ("train", "validation")
 TEXT_ENDINGS = (".txt", ".txt.gz")
 JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+ON_ERROR = ("stop", "skip")
 MISSING = "???"  # what Hydra leaves where a value must be given
-OFFLINE = "offline use data=c4_local data.path=DIR with a mirror of the files, data=text data.path=FILE, or data=sample"
+RECORD_ONLY = ("path", "present")  # parts of a description that do not tell what the documents are
 
 
 Document = Any  # a text, or where a source has tokenised before (`Source.tokens`), an array of token ids
+
+
+def generator(seed: int, epoch: int) -> random.Random:
+    """The random numbers of one epoch. Only its `random()` is used: the method whose sequence Python promises."""
+    digest = hashlib.sha256(f"rows {seed} {epoch}".encode()).digest()
+    return random.Random(int.from_bytes(digest, "big"))
+
+
+def permuted(count: int, rng: random.Random) -> list[int]:
+    """The numbers below `count` in a random order; takes `count` - 1 numbers of `rng`."""
+    order = list(range(count))
+    for i in range(count - 1, 0, -1):
+        j = int(rng.random() * (i + 1))
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def shard_order(shards: int, seed: int, epoch: int) -> list[int]:
+    """The order in which the shuffled rows of an epoch read the shards."""
+    return permuted(shards, generator(seed, epoch))
 
 
 class Source:
     """Documents of one split, in a stated order. Subclasses define `shards` and `read`.
 
     `description` is what a run record should keep (plain strings and numbers). `skipped` counts the documents
-    without text in the shards read to their end so far.
+    without text in the shards read to their end so far. `damaged` is the number of places left out with
+    on_error="skip" by shard, of the shards that have some.
     """
 
     shards: int  # number of shards
     description: dict[str, Any]
 
-    def __init__(self) -> None:
+    def __init__(self, on_error: str = "stop") -> None:
         self.lengths: dict[int, int] = {}  # documents of the shards read to their end, by shard number
+        self.damaged: dict[int, int] = {}
         self._empty: dict[int, int] = {}
+        self._on_error = on_error
+        self._noted: set[int] = set()  # shards whose damage was written about
 
     def read(self, shard: int) -> Iterator[str]:
         """All documents of one shard, in file order, empty ones included."""
@@ -76,8 +105,26 @@ class Source:
                     start -= 1
                 else:
                     yield text
+            if known not in (None, count):
+                raise UserError(
+                    f"{self.label} has changed: shard {shard} had {known} documents and has {count}; restore the old "
+                    "files or start a new run."
+                )
             self.lengths[shard], self._empty[shard] = count, empty
         self.check()
+
+    def _leave_out(self, shard: int, count: int, what: str) -> None:
+        """Raise, or count the damaged place number `count` of a shard and say so once a file."""
+        if self._on_error == "stop":
+            raise UserError(what)
+        self.damaged[shard] = max(count, self.damaged.get(shard, 0))
+        if shard not in self._noted:
+            self._noted.add(shard)
+            print(
+                f"data: {what} Left out, as is all other damage of this file (data.on_error=skip).",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def check(self) -> None:
         """Raise `UserError` where the split is known to hold no document."""
@@ -102,13 +149,16 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """Digest of the description without the path: a moved copy of the same files stays the same source."""
-        facts = {key: value for key, value in self.description.items() if key != "path"}
+        """Digest of the description without the path: a moved copy of the same files stays the same source.
+
+        So does a mirror that holds another part of the same files.
+        """
+        facts = {key: value for key, value in self.description.items() if key not in RECORD_ONLY}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class FileSource(Source):
-    """Documents of local files, one shard a file.
+class LineSource(Source):
+    """Documents of files of lines, one shard a file. Subclasses define `place` and `chunks`.
 
     Files ending in .json, .jsonl (also .gz) hold one JSON object a line with the text under `text_column`.
     Files ending in .txt (also .gz) are cut into documents at blank lines: a document ends at the first blank
@@ -118,198 +168,193 @@ class FileSource(Source):
     """
 
     def __init__(
-        self,
-        name: str,
-        split: str,
-        files: Sequence[Path],
-        path: Path,
-        *,
-        text_column: str = "text",
-        document_characters: int = 2000,
-        holdout: int | None = None,
+        self, split: str, text_column: str, document_characters: int, holdout: int | None, on_error: str
     ) -> None:
-        super().__init__()
-        self._files = list(files)
+        super().__init__(on_error)
+        self._split = split
         self._text_column = text_column
         self._document_characters = document_characters
         self._holdout = holdout
-        self._split = split
-        self.shards = len(self._files)
-        listing = [(file.name, file.stat().st_size) for file in self._files]
-        self.description = {
-            "name": name,
-            "split": split,
-            "path": str(path),
-            "files": len(listing),
-            "first_file": listing[0][0],
-            "last_file": listing[-1][0],
-            "bytes": sum(size for _, size in listing),
-            "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-            "holdout": holdout,
-        }
-        if any(file.name.endswith(TEXT_ENDINGS) for file in self._files):
-            self.description["document_characters"] = document_characters
+
+    def place(self, shard: int) -> str:
+        """How messages call a shard; it ends as the name of the file does."""
+        raise NotImplementedError
+
+    def chunks(self, shard: int) -> Iterator[bytes]:
+        """The bytes of a shard. Raises `UserError`, also at the end where they were not the bytes of the listing."""
+        raise NotImplementedError
 
     def read(self, shard: int) -> Iterator[str]:
-        path = self._files[shard]
-        texts = self._read_text(path) if path.name.endswith(TEXT_ENDINGS) else self._read_json(path)
-        if self._holdout is None:
-            return texts
-        return (text for text in texts if _held_out(text, self._holdout) == (self._split == "validation"))
+        place, number, left_out = self.place(shard), 0, 0
+        chunks = self.chunks(shard)
 
-    def _read_json(self, path: Path) -> Iterator[str]:
-        number = 0
-        for number, line in _lines(path):
-            if line.isspace():
-                continue
+        def lines() -> Iterator[bytes | None]:
+            nonlocal number
+            for line in split_lines(inflate(chunks) if place.endswith(".gz") else chunks):
+                number += 1
+                yield line
+
+        def leave_out(what: str) -> None:
+            nonlocal left_out
+            left_out += 1
+            self._leave_out(shard, left_out, what)
+
+        is_text = place.endswith(TEXT_ENDINGS)
+        try:
+            for text in self._read_text(lines()) if is_text else self._read_json(lines()):
+                if isinstance(text, Damage):
+                    leave_out(f"{place}, line {number}: {text}")
+                elif self._holdout is None or held_out(text, self._holdout) == (self._split == "validation"):
+                    yield text
+        except Damage as damage:
+            deque(chunks, maxlen=0)  # to its end, where the source sees whether the bytes are those of the listing
+            leave_out(f"{place}, after line {number}: {damage}")
+        else:
+            if number == 0 and not is_text:
+                leave_out(f"{place} is empty: fetch the file again or remove it.")
+
+    def _read_json(self, lines: Iterator[bytes | None]) -> Iterator[str | Damage]:
+        for line in lines:
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not a JSON object ({error.msg}); each line must be one document like "
-                    f'{{"{self._text_column}": "..."}}.'
-                ) from error
-            text = record.get(self._text_column) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(
-                    f'{path}, line {number}: no text under the key "{self._text_column}"; correct the file or set '
-                    "data.text_column."
-                )
-            yield text
-        if number == 0:
-            raise UserError(f"{path} is empty: fetch the file again or remove it.")
-
-    def _read_text(self, path: Path) -> Iterator[str]:
-        parts: list[str] = []
-        size = 0
-        for _, line in _lines(path):
-            if size > self._document_characters and line.isspace():
-                yield "".join(parts).strip()
-                parts, size = [], 0
+                text = decoded(line)
+                if text.isspace():
+                    continue
+                text = json_text(text, self._text_column)
+            except Damage as damage:
+                yield damage
             else:
-                parts.append(line)
-                size += len(line)
-        yield "".join(parts).strip()
+                yield text
+
+    def _read_text(self, lines: Iterator[bytes | None]) -> Iterator[str | Damage]:
+        parts: list[str] = []
+        size, whole = 0, True
+        for line in lines:
+            try:
+                text = decoded(line)
+            except Damage as damage:
+                if whole:
+                    yield damage
+                whole, parts = False, []
+                continue
+            if size > self._document_characters and text.isspace():
+                if whole:
+                    yield "".join(parts).strip()
+                parts, size, whole = [], 0, True
+            else:
+                size += len(text)
+                if whole:
+                    parts.append(text)
+        if whole:
+            yield "".join(parts).strip()
 
 
-class HubSource(Source):
-    """Documents streamed from a data set on the Hugging Face Hub, one shard a file of the data set.
-
-    The commit is looked up once, with one short request, so that a missing connection is an error within
-    seconds and the run record names an exact revision. `holdout` as in `FileSource`, for data sets without a
-    validation split.
-    """
+class FileSource(LineSource):
+    """Documents of local files."""
 
     def __init__(
         self,
         name: str,
         split: str,
+        files: Sequence[Path] | Mirror,
+        path: Path,
         *,
-        config: str | None = None,
-        revision: str | None = None,
         text_column: str = "text",
-        hub_split: str = "train",
+        document_characters: int = 2000,
         holdout: int | None = None,
-        timeout: float = 10.0,
+        on_error: str = "stop",
     ) -> None:
-        super().__init__()
-        revision = _hub_commit(name, revision, timeout)
-        import datasets
-
-        try:
-            self._data = datasets.load_dataset(name, config, split=hub_split, streaming=True, revision=revision)
-            self.shards = self._data.num_shards
-        except Exception as error:  # the library lets many kinds through, down to those of its HTTP client
-            raise UserError(
-                f"The data set {name} (config {config}, split {hub_split}) could not be opened: {_short(error)}; check "
-                f"data.name, data.config and the split, or {OFFLINE}."
-            ) from error
-        self._text_column = text_column
-        self._holdout = holdout
-        self._split = split
+        super().__init__(split, text_column, document_characters, holdout, on_error)
+        self._mirror = files if isinstance(files, Mirror) else None
+        if isinstance(files, Mirror):
+            self._files, self._sizes = files.files, files.sizes
+        else:
+            self._files = list(files)
+            self._sizes = {i: file_size(file) for i, file in enumerate(self._files)}
+        self.shards = len(self._files)
         self.description = {
             "name": name,
             "split": split,
-            "config": config,
-            "hub_split": hub_split,
-            "revision": revision,
+            "path": str(path),
             "files": self.shards,
+            "first_file": self._files[0].name,
+            "last_file": self._files[-1].name,
             "holdout": holdout,
         }
+        if self._mirror is not None and self._mirror.facts is not None:
+            self.description |= {**self._mirror.facts, "present": len(self._sizes)}
+        else:
+            listing = [(file.name, self._sizes[i]) for i, file in enumerate(self._files)]
+            self.description["bytes"] = sum(self._sizes.values())
+            self.description["listing_sha256"] = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        if any(file.name.endswith(TEXT_ENDINGS) for file in self._files):
+            self.description["document_characters"] = document_characters
+        if on_error != "stop":
+            self.description["on_error"] = on_error
 
-    def read(self, shard: int) -> Iterator[str]:
-        data = self._data.shard(num_shards=self.shards, index=shard)
-        place = f"{self.description['name']}, shard {shard}"
-        records = iter(data)
-        count = 0
-        while True:
-            try:
-                record = next(records)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise UserError(
-                    f"{place}: reading failed after {count} documents: {_short(error)}; start again to resume from the "
-                    f"last checkpoint, or {OFFLINE}."
-                ) from error
-            count += 1
-            text = record.get(self._text_column)
-            if not isinstance(text, str):
-                raise UserError(
-                    f'{place}, document {count}: no text in the column "{self._text_column}"; it has '
-                    f"{', '.join(sorted(record))}: set data.text_column."
-                )
-            if self._holdout is None or _held_out(text, self._holdout) == (self._split == "validation"):
-                yield text
+    @property
+    def files(self) -> list[Path]:
+        """The files. Raises `UserError` unless all of them are here."""
+        for shard in range(self.shards):
+            self._check_presence(shard)
+        return self._files
+
+    def place(self, shard: int) -> str:
+        return str(self._files[shard])
+
+    def chunks(self, shard: int) -> Iterator[bytes]:
+        self._check_presence(shard)
+        return file_chunks(self._files[shard], self._sizes[shard])
+
+    def _check_presence(self, shard: int) -> None:
+        if shard not in self._sizes:
+            assert self._mirror is not None
+            raise self._mirror.absent(shard)
 
 
 def open_source(cfg: Mapping[str, Any], split: str) -> Source:
     """The source that a data config (`configs/data/*.yaml`) describes, for `split` "train" or "validation".
 
     `cfg.kind` chooses: `sample` (embedded), `c4_local` (C4's layout below `path`), `text` (files at `path`),
-    `hub` (the data set `name`). Raises `UserError`.
+    `hub` (the data set `name`), `prepared` (tokenised before, at `path`). Raises `UserError`.
     """
     if split not in SPLITS:
         raise UserError(f"There is no split {split!r}: use one of {', '.join(SPLITS)}.")
     kind = cfg.get("kind")
+    on_error = cfg.get("on_error") or "stop"
+    if on_error not in ON_ERROR:
+        raise UserError(f"data.on_error is {on_error!r}: use one of {', '.join(ON_ERROR)}.")
+    if kind == "prepared":
+        from .prepared import open_prepared
+
+        return open_prepared(_path(cfg, "path"), split)
     if kind == "sample":
-        return FileSource("sample", split, _c4_files(SAMPLE, split), Path("data/sample"))
+        return FileSource("sample", split, find_mirror(SAMPLE, split), Path("data/sample"), on_error=on_error)
     if kind == "c4_local":
         path = _path(cfg, "path")
         return FileSource(
-            cfg.get("name") or "c4_local", split, _c4_files(path, split), path,
+            cfg.get("name") or "c4_local", split, find_mirror(path, split), path,
             text_column=cfg.get("text_column") or "text",
+            on_error=on_error,
         )  # fmt: skip
     if kind == "text":
-        return _open_text(cfg, split)
+        return _open_text(cfg, split, on_error)
     if kind == "hub":
-        if cfg.get("name") in (None, "", MISSING):
-            raise UserError("data.name is missing: give the data set's name on the Hub, as in data.name=allenai/c4.")
-        own = cfg.get("validation_split")
-        return HubSource(
-            cfg["name"],
-            split,
-            config=cfg.get("config"),
-            revision=cfg.get("revision"),
-            text_column=cfg.get("text_column") or "text",
-            hub_split=(own if split == "validation" and own else cfg.get("train_split") or "train"),
-            holdout=None if own else _holdout(cfg),
-        )
-    raise UserError(f"data.kind is {kind!r}: use one of sample, c4_local, text, hub (see configs/data).")
+        return _open_hub(cfg, split, on_error)
+    raise UserError(f"data.kind is {kind!r}: use one of sample, c4_local, text, hub, prepared (see configs/data).")
 
 
-def _open_text(cfg: Mapping[str, Any], split: str) -> FileSource:
+def _open_text(cfg: Mapping[str, Any], split: str, on_error: str) -> FileSource:
     path = _path(cfg, "path")
     files = _text_files(path)
     holdout: int | None = _holdout(cfg)
     if cfg.get("validation_path"):
         other = _path(cfg, "validation_path")
-        held_out = _text_files(other)
+        validation = _text_files(other)
         holdout = None
         if split == "validation":
-            path, files = other, held_out
+            path, files = other, validation
         else:
-            kept = {file.resolve() for file in held_out}
+            kept = {file.resolve() for file in validation}
             files = [file for file in files if file.resolve() not in kept]
             if not files:
                 raise UserError("data.validation_path covers all of data.path: nothing is left to train on.")
@@ -318,7 +363,30 @@ def _open_text(cfg: Mapping[str, Any], split: str) -> FileSource:
         text_column=cfg.get("text_column") or "text",
         document_characters=int(cfg.get("document_characters") or 2000),
         holdout=holdout,
+        on_error=on_error,
     )  # fmt: skip
+
+
+def _open_hub(cfg: Mapping[str, Any], split: str, on_error: str) -> Source:
+    from .hub import HubFileSource, HubSource
+
+    if cfg.get("name") in (None, "", MISSING):
+        raise UserError("data.name is missing: give the data set's name on the Hub, as in data.name=allenai/c4.")
+    by_file = bool(cfg.get("train_files"))
+    key = "files" if by_file else "split"
+    own = cfg.get(f"validation_{key}")
+    part = own if split == "validation" and own else cfg.get(f"train_{key}") or "train"
+    options: dict[str, Any] = {
+        "revision": cfg.get("revision"),
+        "text_column": cfg.get("text_column") or "text",
+        "holdout": None if own else _holdout(cfg),
+        "on_error": on_error,
+        "retries": 8 if cfg.get("retries") is None else int(cfg["retries"]),
+        "timeout": float(cfg.get("timeout") or 30),
+    }
+    if by_file:
+        return HubFileSource(cfg["name"], split, part, **options)
+    return HubSource(cfg["name"], split, config=cfg.get("config"), hub_split=part, **options)
 
 
 def _holdout(cfg: Mapping[str, Any]) -> int:
@@ -328,7 +396,8 @@ def _holdout(cfg: Mapping[str, Any]) -> int:
     return holdout
 
 
-def _held_out(text: str, holdout: int) -> bool:
+def held_out(text: str, holdout: int) -> bool:
+    """Whether a document belongs to validation, where one in `holdout` does."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") % holdout == 0
 
 
@@ -336,24 +405,12 @@ def _path(cfg: Mapping[str, Any], key: str) -> Path:
     if cfg.get(key) in (None, "", MISSING):
         raise UserError(f"data.{key} is missing: give the folder or file to read, as in data.{key}=/some/folder.")
     path = Path(str(cfg[key])).expanduser()
-    if not path.exists():
-        raise UserError(f"data.{key}={path} does not exist: give the folder or file to read.")
-    return path
-
-
-def _c4_files(path: Path, split: str) -> list[Path]:
-    """Files `*-<split>.*.json.gz` of `path/en`, or of `path` itself, by name."""
-    for folder in (path / "en", path):
-        files = sorted(file for file in folder.glob(f"*-{split}.*.json.gz") if file.is_file())
-        prefixes = sorted({file.name.split(f"-{split}.")[0] for file in files})
-        if len(prefixes) > 1:
-            raise UserError(f"{folder} mixes several data sets ({', '.join(prefixes)}): give each a folder of its own.")
-        if files:
-            return files
-    raise UserError(
-        f"No file named c4-{split}.*.json.gz in {path} or {path / 'en'}: data.path must be a folder with the Hub's layout "
-        "of allenai/c4."
-    )
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise UserError(f"data.{key}={path} cannot be read: {error.strerror or error}.") from error
+    raise UserError(f"data.{key}={path} does not exist: give the folder or file to read.")
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -363,46 +420,7 @@ def _text_files(path: Path) -> list[Path]:
         if path.name.endswith(endings):
             return [path]
         raise UserError(f"{path}: this kind of file is not read; use one ending in {', '.join(endings)}.")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(endings))
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and not file.is_dir())
     if not files:
         raise UserError(f"{path} holds no file ending in {', '.join(endings)}: give another data.path.")
     return files
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of each line of a plain or gzipped UTF-8 file."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
-            for line in file:
-                number += 1
-                yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8.") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}, after line {number}: damaged or cut gzip file ({error}); fetch the file again."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}, after line {number}: cannot be read ({error.strerror or error}).") from error
-
-
-def _short(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _hub_commit(name: str, revision: str | None, timeout: float) -> str | None:
-    """The commit behind `revision`, asked for once: `datasets` alone would retry a missing connection for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"HF_HUB_OFFLINE is set, and {name} is streamed from the Hub: unset it, or {OFFLINE}.")
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=timeout).sha
-    except Exception as error:
-        raise UserError(
-            f"The data set {name} could not be reached on the Hub ({_short(error)}): check data.name, data.revision and "
-            f"the connection, or {OFFLINE}."
-        ) from error

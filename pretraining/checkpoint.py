@@ -1,32 +1,52 @@
 """Checkpoints: torch.distributed.checkpoint in safetensors files, keyed by parameter names, and one JSON file.
 
-Nothing is pickled, so opening a checkpoint runs nobody's code.
+Nothing is pickled, so opening a checkpoint runs nobody's code. A folder ``step-N`` appears under its name only when it
+is whole and on the disk; ``SHA256SUMS`` in it, in the format of ``sha256sum --check``, covers every other file and is
+held against them on loading. docs/checkpoints.md states what is promised.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
+import os
+import random
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import UserError
 
 PREFIX = "step-"
+SUMS = "SHA256SUMS"
+STATE = "state.json"
 RATES = ("lr", "initial_lr")  # of a parameter group: the schedule sets them
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any], keep_last: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any],
+    keep_last: int,
+    keep_every: int | None = None,
 ) -> Path:
     """Write ``folder/step-N``, all ranks together, and prune older ones.
 
-    The folder appears under its name only when it is whole.
+    A crash, a full disk or a signal in the middle leaves every earlier checkpoint as it was.
 
     Args:
         folder: where checkpoints live.
@@ -35,45 +55,95 @@ def save(
         optimizer: over that model's parameters.
         meta: more to keep, as JSON.
         keep_last: how many checkpoints stay.
+        keep_every: those of the steps k * keep_every stay for good besides.
+
+    Raises:
+        UserError: it could not be written; on all ranks.
     """
-    main = not dist.is_initialized() or dist.get_rank() == 0
     target = folder / f"{PREFIX}{step:07d}"
-    temporary = folder / f".{target.name}.partial"
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
+    partial = folder / f".{target.name}.partial"
     tensors, numbers = optimizer_state(model, optimizer)
     tensors |= {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    if main:
-        (temporary / "state.json").write_text(json.dumps({"step": step, "numbers": numbers, **meta}, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    _barrier()
+    tensors |= _random_states()
+    state = {"step": step, "numbers": numbers, **meta}
+    device = next(model.parameters()).device
+
+    def write() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+            except CheckpointException as error:  # of all ranks: what happened on the first that failed
+                raise next(iter(error.failures.values()))[0] from error
+
+    def finish() -> None:
+        (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        _write_sums(partial)
+        _put_in_place(partial, target)
+        _prune(folder, keep_last, keep_every)
+
+    try:
+        _on_main(lambda: _make_empty(partial), device)
+        _on_all(write, device)
+        _on_main(finish, device)
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError, _OtherRank)):
+            raise
+        if _is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        good = [path for path in list_checkpoints(folder) if path != target]
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); "
+            + (f"{good[-1].name} is untouched" if good else "there is no earlier one")
+            + ": free some space or repair the filesystem, then run the same command again"
+        ) from error
     return target
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> dict[str, Any]:
-    """Put a checkpoint's weights, states and the CPU's random state in place; returns what was saved as ``meta``.
+    """Put a checkpoint's weights, states and random states in place; returns what was saved as ``meta``.
+
+    It may have been written on another device, by another number of ranks, or with weights of another dtype. Optimizer
+    states keep the dtype that they were saved with.
 
     Args:
         options: the optimizer's configuration, as ``meta["optimizer"]`` held it when the checkpoint was saved.
 
     Raises:
-        UserError: not a checkpoint, or one of another model or optimizer; nothing has been changed then.
+        UserError: not a checkpoint, a damaged one, or one of another model or optimizer; nothing has been changed then.
     """
+    _on_main(lambda: verify(path), next(model.parameters()).device)
     tensors, meta = _read(path)
-    _check_options(path, meta["optimizer"], options)
-    _put_weights(path, tensors, model)
-    load_optimizer_state(model, optimizer, tensors, meta.pop("numbers"))
-    torch.set_rng_state(tensors["random/cpu"])
+    try:
+        _check_options(path, meta["optimizer"], options)
+        numbers = meta.pop("numbers")
+        _put_weights(path, tensors, model)
+        load_optimizer_state(model, optimizer, tensors, numbers)
+        _put_random_states(tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold what this version saves ({error!r}){_instead(path)}") from error
     return meta
+
+
+def verify(path: Path) -> None:
+    """Hold every file of a checkpoint against its SHA256SUMS.
+
+    Raises:
+        UserError: naming the first file that is missing, cut, edited or damaged, and the checkpoint before this one.
+    """
+    sums = _read_sums(path)
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS}
+    for name in sorted(sums.keys() | present):
+        if name not in sums:
+            raise UserError(f"{path / name} does not belong to this checkpoint{_instead(path)}")
+        if name not in present:
+            raise UserError(f"{path / name} is missing{_instead(path)}")
+    for name, digest in _digests(path, sorted(sums)).items():
+        if digest != sums[name]:
+            raise UserError(
+                f"{path / name} is not what was saved (SHA-256 {digest[:12]}..., not {sums[name][:12]}...): it was cut, "
+                f"edited or damaged{_instead(path)}"
+            )
 
 
 def step_of(path: Path) -> int:
@@ -103,14 +173,15 @@ def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> No
 def set_aside_later(folder: Path, step: int) -> None:
     """Rename checkpoints of steps that are about to be done again, so that none of them is taken for new."""
     for path in list_checkpoints(folder):
-        if step_of(path) > step:
+        if _order(path) > _order(Path(f"{PREFIX}{step:07d}")):
             target = folder / f"before-going-back-{path.name}"
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights in place, and nothing else."""
+    """Put a checkpoint's weights in place, and nothing else. Errors as in :func:`load`."""
+    verify(path)
     _put_weights(path, _read(path)[0], model)
 
 
@@ -119,24 +190,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
         saved = reader.read_metadata().state_dict_metadata
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({error}): pass the path of another one") from error
-    tensors = {
-        name: torch.empty(info.size, dtype=info.properties.dtype)
-        for name, info in saved.items()
-        if isinstance(info, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=reader)
+        tensors = {
+            name: torch.empty(info.size, dtype=info.properties.dtype)
+            for name, info in saved.items()
+            if isinstance(info, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=reader)
+    except (Exception, CheckpointException) as error:  # the library's own is no Exception
+        raise UserError(f"{path} cannot be read ({_reason(error)}){_instead(path)}") from error
     return tensors, meta
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not (path / STATE).exists():
+        raise UserError(f"{path} is not a whole checkpoint (no {STATE} in it){_instead(path)}")
     try:
-        return json.loads((path / "state.json").read_text())
+        meta = json.loads((path / STATE).read_text())
+        if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+            raise ValueError("no step in it")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({error}): pass the path of another one") from error
+        raise UserError(f"{path / STATE} cannot be read ({error}){_instead(path)}") from error
+    return meta
 
 
 def _put_weights(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
@@ -211,9 +287,165 @@ def load_optimizer_state(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").exists())
+    found = [path for path in folder.glob(f"{PREFIX}*") if (path / STATE).exists()]
+    return sorted(found, key=_order)
 
 
-def _barrier() -> None:
+def _order(path: Path) -> tuple[int, str]:
+    """Sorts by step, from the name alone: the folder may be damaged."""
+    return len(path.name), path.name
+
+
+def _instead(path: Path) -> str:
+    """The end of a sentence about an unusable checkpoint: what can be done."""
+    before = [
+        other for other in list_checkpoints(path.parent) if (len(other.name), other.name) < (len(path.name), path.name)
+    ]
+    if before:
+        return f": resume from the one before, trainer.resume={before[-1]}, or remove {path}"
+    return f": remove {path}, or pass another checkpoint"
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def _make_empty(partial: Path) -> None:
+    """The folder for a new checkpoint; what crashes have left beside it goes."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for left in [*partial.parent.glob(f".{PREFIX}*.partial"), *partial.parent.glob(f".{PREFIX}*.old")]:
+        shutil.rmtree(left)
+    partial.mkdir()
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename, durably: a folder is either absent or whole, also after a power failure."""
+    _sync(partial)
+    if target.exists():
+        _remove(target)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    for old in list_checkpoints(folder)[:-keep_last]:
+        if not keep_every or step_of(old) % keep_every:
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a crash leaves none of its parts under its name."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, len(names) or 1)) as pool:  # hashing releases the interpreter
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _write_sums(folder: Path) -> None:
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items()))
+    for name in [*names, SUMS]:
+        _sync(folder / name)
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    try:
+        text = (path / SUMS).read_text()
+        pairs = [line.split("  ", 1) for line in text.splitlines()]
+        if not text.endswith("\n") or any(len(pair) != 2 or len(pair[0]) != 64 for pair in pairs):
+            raise ValueError("not lines of a SHA-256 and a name")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a whole checkpoint (no {SUMS} in it){_instead(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / SUMS} cannot be read ({error}){_instead(path)}") from error
+    return {name: digest for digest, name in pairs}
+
+
+# Random states ------------------------------------------------------------------------------------------------------
+
+
+def _random_states() -> dict[str, Tensor]:
+    """The global generators. Nothing of ours draws from them after the start, but a library's optimizer may."""
+    _, python, gauss = random.getstate()
+    numpy: Any = np.random.get_state(legacy=False)
+    states = {
+        "random/cpu": torch.get_rng_state(),
+        "random/python": torch.tensor(python),
+        "random/numpy": torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]),
+        # Both keep a second normal number: Python's one or none, numpy's one.
+        "random/gauss": torch.tensor([gauss is not None, gauss or 0.0, numpy["gauss"]], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states[f"random/cuda/{_rank()}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _put_random_states(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random/cpu"])
+    kept, python_gauss, numpy_gauss = tensors["random/gauss"].tolist()
+    random.setstate((3, tuple(tensors["random/python"].tolist()), python_gauss if kept else None))
+    *key, pos, has_gauss = tensors["random/numpy"].tolist()
+    state = {"key": np.array(key, dtype=np.uint32), "pos": pos}
+    np.random.set_state({"bit_generator": "MT19937", "state": state, "has_gauss": has_gauss, "gauss": numpy_gauss})
+    own = tensors.get(f"random/cuda/{_rank()}")
+    if own is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own)
+
+
+# Ranks --------------------------------------------------------------------------------------------------------------
+
+
+class _OtherRank(Exception):
+    """Another rank has failed, and says why."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank says why")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _is_main() -> bool:
+    return _rank() == 0
+
+
+def _on_main(function: Callable[[], None], device: torch.device) -> None:
+    """Call it on the first rank; where it fails, all fail, instead of waiting for one that has left."""
+    _on_all(function if _is_main() else lambda: None, device)
+
+
+def _on_all(function: Callable[[], None], device: torch.device) -> None:
+    failure: BaseException | None = None
+    try:
+        function()
+    except Exception as error:
+        failure = error
     if dist.is_initialized():
-        dist.barrier()
+        failed = torch.tensor(int(failure is not None), device=device)
+        dist.all_reduce(failed)
+        if failed.item() and failure is None:
+            raise _OtherRank
+    if failure is not None:
+        raise failure
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()[:200]}" if lines else type(error).__name__

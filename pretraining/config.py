@@ -26,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
 
+from .signals import Stopped
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROOTS = ("train", "eval", "generate")
 SHOWN_GROUPS = ("experiment", "model", "optimizer", "data", "recipe")
@@ -204,6 +206,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.eval_every": _whole(1),
     "trainer.save_every": _whole(0),
     "trainer.keep_last": _whole(1),
+    "trainer.keep_every": _or(None, _whole(1)),
+    "trainer.on_nonfinite": _one_of("stop", "skip"),
+    "trainer.max_skipped": _whole(0),
     "trainer.log_every": _whole(1),
     "trainer.resume": (lambda x: isinstance(x, str) and bool(x), "auto, never or the path of a checkpoint"),
     "trainer.dry_run": _FLAG,
@@ -370,8 +375,8 @@ def run_door(function: Callable[[DictConfig], Any], root: str = "train", argv: S
     Besides `key=value` overrides, `--help` (choices and settings), `--cfg job` (print the configuration and stop) and
     `--resolve` (with interpolations filled in) are understood. A UserError, from the configuration or from `function`,
     becomes one sentence on stderr and exit code 2, without a traceback unless HYDRA_FULL_ERROR=1 or
-    RACS_ALICE_TRACEBACK=1. Other exceptions are bugs and keep theirs. An integer that `function` returns is the exit
-    code.
+    RACS_ALICE_TRACEBACK=1; a run that a signal has stopped ends with 75. Other exceptions are bugs and keep theirs. An
+    integer that `function` returns is the exit code.
 
     Under a launcher every rank comes through here. What is wrong with the command line is wrong on all of them, so
     rank 0 alone says it; an error while running may belong to one rank, which then says so under its number, after
@@ -395,6 +400,10 @@ def run_door(function: Callable[[DictConfig], Any], root: str = "train", argv: S
         if rank != 0:
             time.sleep(_RANK_DELAY)
         _stop(error, rank, say=True)
+    except Stopped as stopped:
+        if rank == 0:
+            print(f"{stopped}.", file=sys.stderr, flush=True)
+        raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:
         if tracebacks:
             raise

@@ -1,6 +1,7 @@
 """Estimates of the Hessian's diagonal, for optimizers that want them (Sophia, arXiv 2305.14342, section 2.3)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +11,16 @@ from .evaluation import IGNORE, row_losses
 
 
 def hutchinson(
-    logits: Callable[[Tensor], Tensor],
-    pieces: Sequence[tuple[Tensor, Tensor]],
+    logits: Callable[[Any], Tensor],
+    pieces: Sequence[tuple[Any, Tensor]],
     params: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[Tensor]:
     """u * (H u) with u ~ N(0, I), H being the Hessian of the summed loss over all ``pieces``.
 
     Args:
-        logits: of input ids [b, T]: [b, T, V].
-        pieces: micro-batches, (input ids, labels) each.
+        logits: of a micro-batch's inputs: [b, T, V].
+        pieces: micro-batches, (inputs, labels [b, T]) each.
         params: whose diagonal is wanted.
         generator: of u, on the device of ``params``; equal on all ranks, whose results can then be added up.
 
@@ -28,9 +29,9 @@ def hutchinson(
     """
     u = [torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32).to(p.dtype) for p in params]
     estimates = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-    for ids, labels in pieces:
+    for inputs, labels in pieces:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            loss = row_losses(logits(ids), labels).sum()
+            loss = row_losses(logits(inputs), labels).sum()
             gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
             products = torch.autograd.grad(gradients, params, grad_outputs=u, materialize_grads=True)
         for estimate, direction, product in zip(estimates, u, products, strict=True):
@@ -39,8 +40,8 @@ def hutchinson(
 
 
 def label_gradient(
-    logits: Callable[[Tensor], Tensor],
-    pieces: Sequence[tuple[Tensor, Tensor]],
+    logits: Callable[[Any], Tensor],
+    pieces: Sequence[tuple[Any, Tensor]],
     params: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[Tensor]:
@@ -50,8 +51,8 @@ def label_gradient(
     result are those of :func:`hutchinson`; ``generator`` draws the labels, so ranks want different ones.
     """
     total = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-    for ids, labels in pieces:
-        scores = logits(ids)
+    for inputs, labels in pieces:
+        scores = logits(inputs)
         probabilities = scores.detach()[:, :-1].float().softmax(-1).flatten(0, 1)
         drawn = torch.multinomial(probabilities, 1, generator=generator).view(len(labels), -1)
         sampled = labels.clone()

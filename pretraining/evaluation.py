@@ -1,6 +1,7 @@
 """Validation perplexity: the unbiased one, and the one that the published numbers were computed with."""
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -47,30 +48,41 @@ def target_count(labels: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    rows: tuple[Tensor, Tensor],
+    rows: Sequence[Tensor],
     batch_size: int = 64,
     galore_rows: int = 256,
     accelerator=None,
     autocast: AbstractContextManager | None = None,
-) -> Evaluation:
-    """The loss over all ``rows`` (ids and labels, [N, T]), in evaluation mode.
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """The loss over all ``rows`` (ids, labels and perhaps position ids, [N, T] each), in evaluation mode.
 
     Every rank evaluates a contiguous part; sums are kept for each row in float64, so the result does not depend on
     ``batch_size`` or on the number of ranks beyond the model's own rounding.
+
+    Args:
+        interrupted: asked before every batch, equally often on all ranks: whether to give up (the result is None then).
     """
-    input_ids, labels = rows
+    input_ids, labels, *positions = rows
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
     mine = range(rank * len(labels) // world, (rank + 1) * len(labels) // world)
+    largest = -(-len(labels) // world)  # rows of the rank that has most
     training = model.training
     model.eval()
-    with autocast or nullcontext():
-        for i in range(mine.start, mine.stop, batch_size):
-            batch = slice(i, min(i + batch_size, mine.stop))
-            logits = model(input_ids=input_ids[batch].to(device)).logits
-            sums[batch] = row_losses(logits, labels[batch].to(device)).double()
-    model.train(training)
+    try:
+        with autocast or nullcontext():
+            for i in range(mine.start, mine.start + largest, batch_size):
+                if interrupted():
+                    return None
+                batch = slice(i, min(i + batch_size, mine.stop))
+                if batch.start < batch.stop:
+                    more = {"position_ids": positions[0][batch].to(device)} if positions else {}
+                    logits = model(input_ids=input_ids[batch].to(device), **more).logits
+                    sums[batch] = row_losses(logits, labels[batch].to(device)).double()
+    finally:
+        model.train(training)
     if accelerator and world > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     counts = target_count(labels)

@@ -29,6 +29,7 @@ class Plan:
         device: where it runs.
         tokens_per_step: positions of an optimizer step, padding included, as the paper counts.
         warnings: sentences that a user should see.
+        checkpoint_bytes: of one checkpoint, without the states where their size is unknown before the first step.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Plan:
     device: torch.device
     tokens_per_step: int
     warnings: tuple[str, ...]
+    checkpoint_bytes: int
 
 
 def make_plan(cfg: DictConfig) -> Plan:
@@ -49,7 +51,7 @@ def make_plan(cfg: DictConfig) -> Plan:
 
     parameters = parameter_count(model)
     weights = parameters * dtype.itemsize
-    states = _states(optimizer)
+    sizes = _state_sizes(optimizer)
     warnings = tuple(_warnings(cfg, precision, optimizer))
     t, rows, length = cfg.trainer, cfg.trainer.batch_size, cfg.data.length
     tokens = rows * length
@@ -64,12 +66,13 @@ def make_plan(cfg: DictConfig) -> Plan:
         "schedule": f"warm-up {warmup:,} steps from 0, cosine to {t.min_lr_ratio:g} of the rate",
         "data": f"{_data(cfg)}, tokenizer {cfg.tokenizer}, seed {cfg.seed}",
         "precision": f"{precision} on {device.type}" + (" (chosen by auto)" if t.precision == "auto" else ""),
-        "memory": f"weights {_bytes(weights)}, gradients {_bytes(weights)}, optimizer states {states}, without activations",
+        "memory": f"weights {_bytes(weights)}, gradients {_bytes(weights)}, optimizer states {_states(optimizer, sizes)}, "
+        "without activations",
         "run_dir": str(cfg.run_dir),
     }
     text = "\n".join(f"{name.strip():10s} {line}" for name, line in lines.items())
     text += "".join(f"\nnote       {warning}" for warning in warnings)
-    return Plan(text, parameters, precision, device, tokens, warnings)
+    return Plan(text, parameters, precision, device, tokens, warnings, weights + sum(sizes or ()))
 
 
 def make_optimizer(cfg: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -117,6 +120,19 @@ def micro_batch_rows(cfg: DictConfig, rows: int, device: torch.device) -> int:
     return min(size, rows) or 1
 
 
+def data_workers(cfg: DictConfig, device: torch.device) -> int:
+    """Tokenising threads of each rank's own data process; 0: a thread of the training process.
+
+    auto: on a CPU the training takes all cores anyway; beside a GPU, a process of its own keeps the interpreter free for
+    launching kernels.
+    """
+    workers = cfg.data.get("workers", 0)
+    if workers != "auto":
+        return workers
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // ranks - 1))
+
+
 def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer):
     if precision == "bf16":
         worst = max(
@@ -137,11 +153,17 @@ def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer)
         yield "the batch does not divide evenly among the processes; some will do a row more than others"
 
 
-def _states(optimizer: torch.optim.Optimizer) -> str:
-    """Bytes of optimizer states, matrices + others."""
+def _state_sizes(optimizer: torch.optim.Optimizer) -> list[int] | None:
+    """Bytes of optimizer states, by group; None where they are unknown before the first step."""
     try:
-        sizes = state_bytes(optimizer)
+        return state_bytes(optimizer)
     except ValueError:
+        return None
+
+
+def _states(optimizer: torch.optim.Optimizer, sizes: list[int] | None) -> str:
+    """Bytes of optimizer states, matrices + others."""
+    if sizes is None:
         return "unknown before the first step"
     others = sum(size for size, group in zip(sizes, optimizer.param_groups, strict=True) if group.get("adam"))
     return f"{_bytes(sum(sizes))} ({_bytes(sum(sizes) - others)} + {_bytes(others)})"

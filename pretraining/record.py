@@ -7,13 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data.errors import UserError
 
@@ -30,9 +33,12 @@ INDIFFERENT = (
     "eval.batch_size",
     "trainer.device",
     "trainer.dry_run",
+    "trainer.keep_every",
     "trainer.keep_last",
     "trainer.log_every",
+    "trainer.max_skipped",
     "trainer.micro_batch_size",
+    "trainer.on_nonfinite",  # a run that it has stopped may go on with the other choice
     "trainer.resume",
     "trainer.sample_prompt",
     "trainer.sample_tokens",
@@ -63,34 +69,53 @@ class RunRecord:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        differences = _differences(_comparable(OmegaConf.to_container(OmegaConf.load(file))), _comparable(self.config))
+        try:
+            there = _comparable(OmegaConf.to_container(OmegaConf.load(file)))
+        except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(
+                f"{file} is not the configuration of a run ({type(error).__name__}): restore it, choose another run_dir, or "
+                "train anew with trainer.resume=never, which keeps the folder under another name"
+            ) from error
+        differences = _differences(there, _comparable(self.config))
         if differences:
             raise UserError(
                 f"{self.path} holds a run of another configuration ({'; '.join(differences[:4])}): choose another "
                 "run_dir, or train anew with trainer.resume=never, which keeps the old folder under another name"
             )
 
-    def start(self, environment: Mapping[str, Any], step: int) -> None:
+    def start(self, environment: Mapping[str, Any], step: int, evaluated: bool = True) -> None:
         """Begin to write, after ``step`` finished steps: what tells of later ones is dropped.
 
-        Those steps are about to be done again. Environments of resumed parts are kept beside the first one.
+        Those steps are about to be done again, and so is the evaluation after ``step`` unless ``evaluated``.
+        Environments of resumed parts are kept beside the first one.
         """
         if not self.write:
             return
+        with self._writing():
+            self._start(environment, step, evaluated)
+
+    def _start(self, environment: Mapping[str, Any], step: int, evaluated: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         replace_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
         file = self.path / "environment.json"
         if step and file.exists():
-            first = json.loads(file.read_text())
+            first = read_json(file)
             resumed = [part for part in first.get("resumed", []) if part["step"] < step]
             environment = {**first, "resumed": [*resumed, {"step": step, **environment}]}
         write_json(file, environment)
         (self.path / "summary.json").unlink(missing_ok=True)
-        lines = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
+        last_eval = step if evaluated else step - 1
+        lines = [
+            line
+            for line in read_lines(self.metrics_file)
+            if line["step"] <= (last_eval if line["kind"] == "eval" else step)
+        ]
         replace_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         if self.samples_file.exists():
             parts = re.split(r"^(?=--- step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            replace_text(self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= step))
+            replace_text(
+                self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= last_eval)
+            )
 
     @property
     def metrics_file(self) -> Path:
@@ -103,27 +128,74 @@ class RunRecord:
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl; ``step`` counts finished optimizer steps."""
         if self.write:
-            with self.metrics_file.open("a") as file:
+            with self._writing(), self.metrics_file.open("a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
     def sample(self, step: int, text: str) -> None:
         if self.write:
-            with self.samples_file.open("a", encoding="utf-8") as file:
+            with self._writing(), self.samples_file.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         if self.write:
-            write_json(self.path / "summary.json", values)
+            with self._writing():
+                write_json(self.path / "summary.json", values)
+
+    def flush(self) -> None:
+        """Put what was logged on the disk: before a checkpoint says that those steps are done."""
+        if not self.write:
+            return
+        for file in (self.metrics_file, self.samples_file):
+            if file.exists():
+                with self._writing(), file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the record in {self.path} cannot be written ({error.strerror or error}): free some space or repair the "
+                "filesystem, then run the same command again"
+            ) from error
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last one cut short by a crash is dropped."""
+    """The complete lines of a metrics file; a last one cut short by a crash is dropped.
+
+    Raises:
+        UserError: another line is damaged.
+    """
     if not file.exists():
         return []
-    lines = file.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    lines = file.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int) or not isinstance(line["kind"], str):
+                raise ValueError("step or kind has another type")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}, line {number}: not a line of a run record ({type(error).__name__}); restore the file, or "
+                "remove it and the checkpoints beside it to start anew"
+            ) from error
+        found.append(line)
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises UserError where the file does not hold one JSON object."""
+    try:
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): restore or remove it") from error
+    return values
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -133,7 +205,10 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 def replace_text(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old or the new one, never a part."""
     temporary = file.with_name(file.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     os.replace(temporary, file)
 
 

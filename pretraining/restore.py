@@ -52,7 +52,7 @@ def open_saved(cfg: DictConfig) -> Saved:
     precision = choose_precision(cfg.precision or run.trainer.precision, device)
 
     tokenizer = load_tokenizer(cfg.tokenizer or run.tokenizer)
-    if (path / "state.json").exists():
+    if (path / checkpoint.STATE).exists() or path.name.startswith(checkpoint.PREFIX):
         model: PreTrainedModel = build_model(run.model, device=device, dtype=weight_dtype(precision))
         checkpoint.load_model(path, model)
     else:
@@ -81,11 +81,18 @@ def evaluate_saved(cfg: DictConfig) -> Evaluation:
     saved = open_saved(cfg)
     data = cfg.data if cfg.get("data") else saved.cfg.data
     rows = validation_rows(
-        open_source(data, split="validation"), saved.tokenizer, data.length, data.rows, data.validation_max_tokens
+        open_source(data, split="validation"),
+        saved.tokenizer,
+        data.length,
+        data.rows,
+        data.validation_max_tokens,
+        data.get("attention", "row"),
     )
     batch_size = cfg.eval.batch_size or saved.cfg.eval.batch_size
     galore_rows = cfg.eval.galore_rows or saved.cfg.eval.galore_rows
-    return evaluate(saved.model, rows, batch_size, galore_rows, autocast=saved.autocast)
+    result = evaluate(saved.model, rows, batch_size, galore_rows, autocast=saved.autocast)
+    assert result is not None  # nobody interrupts it
+    return result
 
 
 def _run_folder(path: Path) -> Path:

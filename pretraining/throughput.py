@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -19,6 +21,68 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+
+# Steps after each start that the figures leave out: compilation, caches and the first basis of every matrix fall in them.
+WARMUP_STEPS = 10
+
+
+@dataclass
+class Sums:
+    """Steps, and over them: seconds, milliseconds in the optimizer, seconds of waiting for data."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    optimizer_ms: float = 0.0
+    data_seconds: float = 0.0
+
+    def add(self, seconds: float, optimizer_ms: float, data_seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.optimizer_ms += optimizer_ms
+        self.data_seconds += data_seconds
+
+
+@dataclass
+class Meters:
+    """A run's time, over all the processes that have worked on it: ``state`` goes into checkpoints.
+
+    Attributes:
+        every: all steps.
+        steady: without the first ``WARMUP_STEPS`` after each start.
+        wall_seconds: of earlier processes.
+        peak_memory_bytes: of earlier processes.
+    """
+
+    every: Sums = field(default_factory=Sums)
+    steady: Sums = field(default_factory=Sums)
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    _here: int = 0  # steps of this process
+
+    def add(self, seconds: float, optimizer_ms: float, data_seconds: float) -> None:
+        self._here += 1
+        self.every.add(seconds, optimizer_ms, data_seconds)
+        if self._here > WARMUP_STEPS:
+            self.steady.add(seconds, optimizer_ms, data_seconds)
+
+    @property
+    def best(self) -> Sums:
+        """What figures are made of: steady steps, if there are any."""
+        return self.steady if self.steady.steps else self.every
+
+    def state(self, wall_seconds: float, peak_memory_bytes: int) -> dict[str, Any]:
+        """To keep, with what this process adds to the wall clock and the peak."""
+        return {
+            "every": asdict(self.every),
+            "steady": asdict(self.steady),
+            "wall_seconds": self.wall_seconds + wall_seconds,
+            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory_bytes),
+        }
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> "Meters":
+        return cls(Sums(**state["every"]), Sums(**state["steady"]), state["wall_seconds"], state["peak_memory_bytes"])
 
 
 def peak_flops(device: torch.device) -> float | None:

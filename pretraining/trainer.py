@@ -6,7 +6,9 @@ import math
 import os
 import time
 import zlib
+from collections import deque
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +25,21 @@ from optimizers.memory import measured_state_bytes
 from . import checkpoint
 from .curvature import hutchinson, label_gradient
 from .evaluation import Evaluation, evaluate, row_losses, target_count
+from .lock import RunLock
 from .model import build_model
-from .plan import Plan, make_optimizer, make_plan, micro_batch_rows, weight_dtype
+from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows, weight_dtype
 from .record import RunRecord, environment, read_lines, set_aside
 from .schedule import rate_factor, set_rates
-from .throughput import StepTimer, flops_per_token, peak_flops, peak_memory
+from .signals import Stopped, StopSignals
+from .storage import check_folder
+from .throughput import Meters, StepTimer, flops_per_token, peak_flops, peak_memory
 from .trackers import make_tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-# Steps that throughput does not count: compilation, caches and the first basis of every matrix fall in them.
-WARMUP_STEPS = 10
+    from data.published import PublishedBatches
 
 
 class NonFiniteLoss(UserError):
@@ -52,6 +56,7 @@ def train(cfg: DictConfig) -> Path | None:
 
     Raises:
         UserError: whatever the user can put right; NonFiniteLoss with exit code 3.
+        Stopped: a signal has ended it, with exit code 75.
     """
     main = os.environ.get("RANK", "0") == "0"
     plan = make_plan(cfg)
@@ -60,18 +65,47 @@ def train(cfg: DictConfig) -> Path | None:
     if cfg.trainer.dry_run:
         return None
     run_dir = Path(cfg.run_dir)
-    if cfg.trainer.resume == "never" and main:
-        kept = set_aside(run_dir)
-        if kept:
-            print(f"the run that was there is now {kept}")
     finished = run_dir / "summary.json"
     if cfg.trainer.resume == "auto" and finished.exists():
         cfg.trainer.precision = plan.precision
         RunRecord(run_dir, cfg, write=False)  # another configuration is refused first
         print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")
         return run_dir
-    Trainer(cfg, plan).run()
+    with StopSignals() as signals, RunLock(run_dir) if main else nullcontext() as lock:
+        if cfg.trainer.resume == "never" and main:
+            kept = set_aside(run_dir)
+            if kept:
+                print(f"the run that was there is now {kept}")
+        Trainer(cfg, plan, signals, lock).run()
     return run_dir
+
+
+@dataclass
+class StepFigures:
+    """What a step has computed, on its way to the host.
+
+    Attributes:
+        step: its number, from 1.
+        values: loss, norm of the gradient, how many ranks were asked to stop: float64, [3].
+        rates: of the parameter groups.
+        data_seconds: spent waiting for its rows.
+        timer: of the optimizer; None for a step without an update.
+        arrived: when ``values`` is on the host; None: it is.
+    """
+
+    step: int
+    values: Tensor
+    rates: list[float]
+    data_seconds: float
+    timer: StepTimer | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def read(self) -> tuple[float, float, bool]:
+        """Loss, gradient norm, whether to stop; waits for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, stopping = self.values.tolist()
+        return loss, norm, stopping > 0
 
 
 class Trainer:
@@ -81,30 +115,43 @@ class Trainer:
     tokens, whatever the number of processes or micro-batches.
     """
 
-    def __init__(self, cfg: DictConfig, plan: Plan) -> None:
+    def __init__(
+        self, cfg: DictConfig, plan: Plan, signals: StopSignals | None = None, lock: RunLock | None = None
+    ) -> None:
         cfg = cfg.copy()
         cfg.trainer.precision = plan.precision  # what "auto" meant here is part of the record
         self.cfg, self.plan, self.device = cfg, plan, plan.device
+        self.signals, self.lock = signals or StopSignals(), lock
         self.began = time.perf_counter()
         self.accelerator = make_accelerator(self.device)
         self.main = self.accelerator.is_main_process
         self.steps, self.length = cfg.trainer.steps, cfg.data.length
-
+        run_dir = Path(cfg.run_dir)
+        self.checkpoints = run_dir / "checkpoints"
+        self.record = RunRecord(run_dir, cfg, write=self.main)
         self.tokenizer = load_tokenizer(cfg.tokenizer)
         if self.tokenizer.vocab_size != cfg.model.vocab_size:
             raise UserError(
                 f"the tokenizer {cfg.tokenizer} has {self.tokenizer.vocab_size:,} pieces, but {cfg.model.name} has "
                 f"{cfg.model.vocab_size:,}: set tokenizer, or model.vocab_size={self.tokenizer.vocab_size}"
             )
+        if self.main:
+            self._check_room()
         self.source = open_source(cfg.data, split="train")
         self.validation_source = open_source(cfg.data, split="validation")
         self.validation = validation_rows(
-            self.validation_source, self.tokenizer, self.length, cfg.data.rows, cfg.data.validation_max_tokens
+            self.validation_source,
+            self.tokenizer,
+            self.length,
+            cfg.data.rows,
+            cfg.data.validation_max_tokens,
+            cfg.data.attention,
         )
         self.ngrams: dict[str, Any] = {}
         if cfg.eval.ngrams and self.main:
             training = training_sequences(self.source, self.tokenizer, self.length, cfg.data.rows)
-            self.ngrams = ngram_perplexities(training, *self.validation, vocab_size=cfg.model.vocab_size)
+            ids, labels = self.validation[:2]
+            self.ngrams = ngram_perplexities(training, ids, labels, vocab_size=cfg.model.vocab_size)
 
         torch.manual_seed(cfg.seed)
         self.model = build_model(
@@ -119,47 +166,73 @@ class Trainer:
         # Accelerate's wrapper adds nothing to an optimizer without a gradient scaler, and its scheduler would step
         # once for every rank.
 
-        run_dir = Path(cfg.run_dir)
-        self.checkpoints = run_dir / "checkpoints"
-        self.record = RunRecord(run_dir, cfg, write=self.main)
-        self.batches = TrainingBatches(
-            self.source,
-            self.tokenizer,
-            length=self.length,
-            rows=cfg.data.rows,
-            batch_size=cfg.trainer.batch_size,
-            seed=cfg.data.seed,
-            shuffle_buffer=cfg.data.shuffle_buffer,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        self.done, self.seconds, self.wall_seconds = self._resume()
-        self.record.start(self._environment(), self.done)
+        self.batches = self._make_batches()
+        self.done = self.skipped = 0
+        self.evaluated = 0  # the step after which the validation loss was last computed
+        self.meters = Meters()
+        self._resume()
+        self.record.start(self._environment(), self.done, self.evaluated == self.done)
         self.tracker = make_tracker(cfg.tracker, run_dir, self.record.config, write=self.main)
-        self.timer = StepTimer(self.device)
-        self.step_seconds: list[float] = []
-        self.optimizer_ms: list[float] = []
+        # On a GPU the host must not wait for every step: figures are read one step later. A skipped step has to be known
+        # before its update, so on_nonfinite=skip waits.
+        self.lag = 1 if self.device.type == "cuda" and cfg.trainer.on_nonfinite == "stop" else 0
+        self.pending: deque[StepFigures] = deque()
+        self.stopping = False
+        self.clock = 0.0  # when the last step's figures were complete
+        self.bar: Any = None
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> tuple[int, float, float]:
-        """Finished steps, seconds of training and in all, from the checkpoint that ``trainer.resume`` means."""
+    def _check_room(self) -> None:
+        """Refuse a folder that cannot take the run, while nothing has been computed yet."""
+        t, one = self.cfg.trainer, self.plan.checkpoint_bytes
+        # One more than stays: the new one is written before the oldest goes.
+        count = 0 if not t.save_every else t.keep_last + 1 + (self.steps // t.keep_every if t.keep_every else 0)
+        check_folder(
+            self.record.path,
+            count * one + (one if t.save_model else 0) + 2**20,
+            f"{count} checkpoints of {one / 2**30:.2f} GiB" + (" and the final model" if t.save_model else ""),
+        )
+
+    def _make_batches(self) -> TrainingBatches | PublishedBatches:
+        data, ranks = self.cfg.data, self.accelerator
+        where = {"rank": ranks.process_index, "world_size": ranks.num_processes}
+        if data.protocol == "published":
+            from data.published import PublishedBatches
+
+            return PublishedBatches(data, self.tokenizer, batch_size=self.cfg.trainer.batch_size, **where)
+        return TrainingBatches(
+            self.source,
+            self.tokenizer,
+            length=self.length,
+            rows=data.rows,
+            attention=data.attention,
+            batch_size=self.cfg.trainer.batch_size,
+            seed=data.seed,
+            shuffle_buffer=data.shuffle_buffer,
+            workers=data_workers(self.cfg, self.device),
+            **where,
+        )
+
+    def _resume(self) -> None:
+        """Go to the checkpoint that ``trainer.resume`` means, if there is one."""
         wanted = self.cfg.trainer.resume
         if wanted == "never":
-            return 0, 0.0, 0.0
+            return
         saved = checkpoint.list_checkpoints(self.checkpoints)
         path = Path(wanted) if wanted != "auto" else (saved[-1] if saved else None)
         step = checkpoint.step_of(path) if path else 0
         if self._sum(torch.tensor(step, device=self.device)).item() != step * self.accelerator.num_processes:
             raise UserError("the processes see different checkpoints: put run_dir on a filesystem that all nodes share")
         if path is None:
-            return 0, 0.0, 0.0
+            return
         meta = checkpoint.load(path, self.model, self.optimizer, self.record.config["optimizer"])
         self.batches.load_state_dict(meta["data"])
+        self.done, self.skipped, self.evaluated = step, meta["skipped"], meta["evaluated"]
+        self.meters = Meters.restore(meta["meters"])
         if self.main:
             print(f"resumed from {path}, after step {step}")
             checkpoint.set_aside_later(self.checkpoints, step)
-        return step, meta["training_seconds"], meta["wall_seconds"]
 
     def _environment(self) -> dict[str, Any]:
         return environment(
@@ -178,53 +251,82 @@ class Trainer:
     # The loop -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train, evaluate, save; every figure goes to the record."""
-        t = self.cfg.trainer
-        bar = tqdm(
+        """Train, evaluate, save; every figure goes to the record.
+
+        Raises:
+            Stopped: a signal came; the state is saved.
+            NonFiniteLoss: training has diverged; the last checkpoint is from before.
+        """
+        self.bar = tqdm(
             total=self.steps, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.main else True
         )
         result: Evaluation | None = None
-        with self.batches, closing(self.tracker), bar:
-            while self.done < self.steps:
-                began = time.perf_counter()
-                figures = self._step(next(self.batches))
-                elapsed = time.perf_counter() - began
-                self.seconds += elapsed
-                self.step_seconds.append(elapsed)
-                self._report(bar, figures, elapsed)
-                last = self.done == self.steps
-                if last or self.done % t.eval_every == 0:
-                    result = self._evaluate()
-                if last or (t.save_every and self.done % t.save_every == 0):
-                    self._save()
-            if result is None:  # resumed from the last step's checkpoint: its evaluation is in the record
-                result = self._evaluate(again=True)
-            bar.close()  # before other lines are printed
-            self._finish(result)
+        try:
+            with self.batches, closing(self.tracker), self.bar:
+                if self.done and self._evaluation_due() and self.evaluated != self.done:
+                    result = self._evaluate()  # the process before was stopped just before it
+                self.clock = time.perf_counter()
+                while self.done < self.steps:
+                    self._stop_if_asked()
+                    self._step()
+                    if self._evaluation_due() or self._save_due():
+                        self._settle(0)
+                        self._stop_if_asked()
+                        if self._evaluation_due():
+                            result = self._evaluate()
+                            self._stop_if_asked()
+                        if self._save_due():
+                            self._save()
+                        self.clock = time.perf_counter()
+                if result is None:  # resumed from the last step's checkpoint: its evaluation is in the record
+                    result = self._evaluate(again=True)
+                    self._stop_if_asked()
+                self.bar.close()  # before other lines are printed
+                assert result is not None
+                self._finish(result)
+        finally:
+            self.accelerator.end_training()
 
-    def _step(self, rows: dict[str, Tensor]) -> dict[str, Any]:
-        """One optimizer step on this rank's ``rows``; returns the step's figures."""
+    def _evaluation_due(self) -> bool:
+        return self.done == self.steps or self.done % self.cfg.trainer.eval_every == 0
+
+    def _save_due(self) -> bool:
+        every = self.cfg.trainer.save_every
+        return bool(every) and (self.done == self.steps or self.done % every == 0)
+
+    def _step(self) -> None:
+        """One optimizer step: this rank's rows, gradient, update."""
+        began = time.perf_counter()
+        rows = next(self.batches)
+        waited = time.perf_counter() - began
         self.optimizer.zero_grad(set_to_none=True)
         targets = self._sum(target_count(rows["labels"]).sum().to(self.device))
-        loss = self._sum(self._backward(rows, targets)).item() / max(1, targets.item())
+        loss = self._backward(rows, targets)
+        asked = torch.tensor(float(self.signals.received is not None), dtype=torch.float64, device=self.device)
+        loss, asked = self._sum(torch.stack([loss, asked])).unbind()
         set_rates(
             self.optimizer,
             rate_factor(self.done, self.steps, self.cfg.trainer.warmup_fraction, self.cfg.trainer.min_lr_ratio),
         )
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        grad_norm = self._clip()
-        if not math.isfinite(loss + grad_norm):  # before it can reach the weights, and so a checkpoint
-            what = "gradient norm" if math.isfinite(loss) else "loss"
-            raise NonFiniteLoss(
-                f"the {what} is not finite at step {self.done + 1} (rate {rates[0]:.3g}, Adam group {rates[-1]:.3g}); "
-                f"{self._last_good()}; lower optimizer.lr or optimizer.adam_lr, lengthen trainer.warmup_fraction, or "
-                "set trainer.grad_clip"
-            )
-        self.timer.start()
+        values = torch.stack([loss / targets.clamp_min(1), self._clip().double(), asked])
+        figures = StepFigures(self.done + 1, values, [group["lr"] for group in self.optimizer.param_groups], waited)
+        if self.lag and values.is_cuda:
+            figures.values, figures.arrived = _to_host(values)
+        if self.lag or self._is_finite(figures):  # without lag, known before anything can reach the weights
+            figures.timer = self._update(rows, targets, figures)
+        self.done += 1
+        self.pending.append(figures)
+        self._settle(self.lag)
+
+    def _update(self, rows: dict[str, Tensor], targets: Tensor, figures: StepFigures) -> StepTimer:
+        timer = StepTimer(self.device)
+        timer.start()
         try:
             self._estimate_curvature(rows, targets)
             self.optimizer.step()
         except torch.linalg.LinAlgError as error:
+            self._settle(0)
+            self._is_finite(figures)  # the likelier reason
             raise NonFiniteLoss(f"no eigenvectors at step {self.done + 1}: {error}") from error
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             if self.cfg.optimizer.name != "any" or isinstance(error, torch.OutOfMemoryError):
@@ -233,15 +335,68 @@ class Trainer:
                 f"{self.cfg.optimizer.target} cannot take step {self.done + 1} ({type(error).__name__}: {error}); it has to "
                 "work with a plain step() on dense gradients"
             ) from error
-        self.timer.stop()
-        self.done += 1
-        return {
-            "loss": loss,
-            "lr": rates[0],
-            "adam_lr": rates[-1] if len(rates) > 1 else None,
-            "grad_norm": grad_norm,
-            "optimizer_ms": self.timer.milliseconds(),  # waits for the device: the step's time includes the update
-        }
+        timer.stop()
+        return timer
+
+    def _settle(self, left: int) -> None:
+        """Read and report the figures of pending steps, until ``left`` are pending."""
+        while len(self.pending) > left:
+            figures = self.pending.popleft()
+            loss, grad_norm, stopping = figures.read()
+            self.stopping |= stopping
+            # Read late, on a GPU, the update has been made: the weights are lost, but no checkpoint has them.
+            finite = self._is_finite(figures)
+            now = time.perf_counter()
+            elapsed, self.clock = now - self.clock, now
+            self._report(figures, loss, grad_norm, elapsed, finite)
+
+    def _is_finite(self, figures: StepFigures) -> bool:
+        """Whether the step may update the weights. All ranks see the same sums, and decide alike.
+
+        Raises:
+            NonFiniteLoss: it may not, and trainer.on_nonfinite and trainer.max_skipped do not let it be skipped.
+        """
+        loss, grad_norm, _ = figures.read()
+        if math.isfinite(loss + grad_norm):
+            return True
+        t = self.cfg.trainer
+        if t.on_nonfinite == "skip" and self.skipped < t.max_skipped:
+            return False
+        what = "gradient norm" if math.isfinite(loss) else "loss"
+        raise NonFiniteLoss(
+            f"the {what} is not finite at step {figures.step} (rate {figures.rates[0]:.3g}, Adam group "
+            f"{figures.rates[-1]:.3g})"
+            + (f", and {self.skipped} steps were skipped before" if self.skipped else "")
+            + f"; {self._last_good()}; lower optimizer.lr or optimizer.adam_lr, lengthen trainer.warmup_fraction, or set "
+            "trainer.grad_clip"
+        )
+
+    def _stop_if_asked(self) -> None:
+        """Save and leave, if a signal has asked for it; on all ranks at the same step.
+
+        Raises:
+            Stopped: it has.
+        """
+        if not (self._asked_here() if self.accelerator.num_processes == 1 else self.stopping):
+            return
+        self._settle(0)
+        name = self.signals.received or "a signal to another rank"
+        if not self.done:
+            raise Stopped(f"stopped by {name} before the first step: the same command starts it")
+        if self.cfg.trainer.save_every:
+            self._save()
+            raise Stopped(f"stopped by {name} after step {self.done}, which is saved: the same command continues")
+        raise Stopped(f"stopped by {name} after step {self.done}; trainer.save_every=0: nothing is saved")
+
+    def _asked_here(self) -> bool:
+        return self.signals.received is not None
+
+    def _asked_anywhere(self) -> bool:
+        """Whether any rank was asked to stop; all ranks call it together."""
+        if self.accelerator.num_processes == 1:
+            return self._asked_here()
+        self.stopping |= self._sum(torch.tensor(int(self._asked_here()), device=self.device)).item() > 0
+        return self.stopping
 
     def _backward(self, rows: dict[str, Tensor], targets: Tensor) -> Tensor:
         """Accumulate the gradient of the mean loss over all ``targets``; returns this rank's summed loss."""
@@ -249,20 +404,25 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         # DDP divides by the number of ranks what has to be divided by the number of all target tokens.
         weight = self.accelerator.num_processes / targets.clamp_min(1)
-        for i, (ids, labels) in enumerate(pieces):
+        for i, (inputs, labels) in enumerate(pieces):
             last = i == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.autocast():
-                    logits = self.wrapped(input_ids=ids.to(self.device)).logits
+                    logits = self.wrapped(**self._on_device(inputs)).logits
                     loss = row_losses(logits, labels.to(self.device)).sum()
                 (loss * weight).backward()
             total += loss.detach()
         return total
 
-    def _pieces(self, rows: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """This rank's rows in micro-batches of input ids and labels, still on the host."""
+    def _pieces(self, rows: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """This rank's rows in micro-batches of the model's inputs and labels, still on the host."""
         size = micro_batch_rows(self.cfg, len(rows["input_ids"]), self.device)
-        return list(zip(rows["input_ids"].split(size), rows["labels"].split(size), strict=True))
+        split = {name: x.split(size) for name, x in rows.items()}
+        labels = split.pop("labels")
+        return [({name: x[i] for name, x in split.items()}, labels[i]) for i in range(len(labels))]
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.to(self.device) for name, x in inputs.items()}
 
     def _estimate_curvature(self, rows: dict[str, Tensor], targets: Tensor) -> None:
         """Give an optimizer that wants it (Sophia) an estimate of the Hessian's diagonal, over all rows of the step."""
@@ -276,11 +436,11 @@ class Trainer:
         seed = f"{self.cfg.seed}/{self.done}/{0 if common else self.accelerator.process_index}"
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(seed.encode()))
 
-        def logits(ids: Tensor) -> Tensor:
+        def logits(inputs: dict[str, Tensor]) -> Tensor:
             with self.autocast():
-                return self.model(input_ids=ids).logits
+                return self.model(**inputs).logits
 
-        pieces = [(ids.to(self.device), labels.to(self.device)) for ids, labels in self._pieces(rows)]
+        pieces = [(self._on_device(inputs), labels.to(self.device)) for inputs, labels in self._pieces(rows)]
         found = (hutchinson if common else label_gradient)(logits, pieces, params, generator)
         B = targets.clamp_min(1)
         means = [self._sum(total) / B for total in found]
@@ -291,7 +451,7 @@ class Trainer:
     def _sum(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x, reduction="sum") if self.accelerator.num_processes > 1 else x
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """Norm of the whole gradient, before clipping if any is asked for."""
         norms = [
             torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters() if p.grad is not None
@@ -300,31 +460,48 @@ class Trainer:
         limit = self.cfg.trainer.grad_clip
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
-        return norm.item()
+        return norm
 
     # Figures --------------------------------------------------------------------------------------------------------
 
-    def _report(self, bar: tqdm, figures: dict[str, Any], seconds: float) -> None:
-        optimizer_ms = figures["optimizer_ms"]
-        self.optimizer_ms.append(optimizer_ms)
+    def _report(self, figures: StepFigures, loss: float, grad_norm: float, seconds: float, finite: bool) -> None:
+        step, tokens = figures.step, figures.step * self.plan.tokens_per_step
+        if not finite:
+            self.skipped += 1
+            self.record.log("skipped", step, {"loss": _number(loss), "grad_norm": _number(grad_norm), "tokens": tokens})
+            if self.main:
+                tqdm.write(
+                    f"step {step:6,}  loss {loss:g}, gradient norm {grad_norm:g}: skipped ({self.skipped} so far)"
+                )
+            self.bar.update()
+            return
+        optimizer_ms = figures.timer.milliseconds() if figures.timer else 0.0
+        self.meters.add(seconds, optimizer_ms, figures.data_seconds)
         speed = self.plan.tokens_per_step / seconds
-        if self.done % self.cfg.trainer.log_every == 0 or self.done in (1, self.steps):
+        if step % self.cfg.trainer.log_every == 0 or step in (1, self.steps):
             line = {
-                **figures,
-                "tokens": self.done * self.plan.tokens_per_step,
+                "loss": loss,
+                "lr": figures.rates[0],
+                "adam_lr": figures.rates[-1] if len(figures.rates) > 1 else None,
+                "grad_norm": grad_norm,
+                "optimizer_ms": optimizer_ms,
+                "data_ms": 1000 * figures.data_seconds,
+                "tokens": tokens,
                 "tokens_per_second": round(speed, 1),
             }
-            self.record.log("train", self.done, line)
-            self.tracker.log("train", self.done, line)
-        share = optimizer_ms / (1000 * seconds)
-        bar.set_postfix_str(
-            f"loss {figures['loss']:.3f}, ppl {math.exp(min(figures['loss'], 99)):.1f}, {speed:,.0f} tok/s, "
-            f"optimizer {share:.0%}",
+            self.record.log("train", step, line)
+            self.tracker.log("train", step, line)
+        waiting = figures.data_seconds / seconds
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, ppl {math.exp(min(loss, 99)):.1f}, {speed:,.0f} tok/s, "
+            f"optimizer {optimizer_ms / (1000 * seconds):.0%}"
+            + (f", waiting for data {waiting:.0%}" if waiting > 0.05 else ""),
             refresh=False,
         )
-        bar.update()
+        self.bar.update()
 
-    def _evaluate(self, again: bool = False) -> Evaluation:
+    def _evaluate(self, again: bool = False) -> Evaluation | None:
+        """The validation loss; None if a signal came meanwhile."""
         # Not the DDP wrapper: it synchronises buffers in every forward pass, and ranks may have unequal numbers of them.
         result = evaluate(
             self.model,
@@ -333,9 +510,11 @@ class Trainer:
             self.cfg.eval.galore_rows,
             self.accelerator,
             self.autocast(),
+            self._asked_anywhere,
         )
-        if again:
+        if again or result is None:
             return result
+        self.evaluated = self.done
         line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
         self.record.log("eval", self.done, line)
         self.tracker.log("eval", self.done, line)
@@ -355,23 +534,34 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        if self.cfg.trainer.save_every:
-            meta = {
-                "training_seconds": self.seconds,
-                "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
-                "optimizer": self.record.config["optimizer"],
-                "data": self.batches.state_dict(),
-            }
-            checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, meta, self.cfg.trainer.keep_last)
+        if self.lock:
+            self.lock.check()
+        self.record.flush()
+        meta = {
+            "evaluated": self.done if not self._evaluation_due() else self.evaluated,
+            "skipped": self.skipped,
+            "meters": self.meters.state(time.perf_counter() - self.began, peak_memory(self.device)[0]),
+            "optimizer": self.record.config["optimizer"],
+            "data": self.batches.state_dict(),
+        }
+        t = self.cfg.trainer
+        checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, meta, t.keep_last, t.keep_every)
 
     def _finish(self, result: Evaluation) -> None:
         """summary.json, the final model, and a few lines for the user."""
-        steady = self.step_seconds[WARMUP_STEPS:] or self.step_seconds
-        milliseconds = self.optimizer_ms[WARMUP_STEPS:] or self.optimizer_ms
-        speed = len(steady) * self.plan.tokens_per_step / sum(steady) if steady else None
+        sums = self.meters.best
+        speed = sums.steps * self.plan.tokens_per_step / sums.seconds if sums.steps else None
         peak = peak_flops(self.device)
         flops = flops_per_token(self.cfg.model, self.plan.parameters, self.length)
         memory, kind = peak_memory(self.device)
+        if self.main and self.cfg.trainer.save_model:
+            try:
+                save_model(self.model, self.tokenizer, self.record.path / "model")
+            except OSError as error:
+                raise UserError(
+                    f"the final model cannot be written to {self.record.path} ({error.strerror or error}): free some space "
+                    "and run the same command again, or set trainer.save_model=false"
+                ) from error
         self.record.summary(
             {
                 "perplexity": result.perplexity,
@@ -380,28 +570,27 @@ class Trainer:
                 "validation_tokens": result.tokens,
                 **{f"{name}_perplexity": self.ngrams[name] for name in ("unigram", "bigram") if self.ngrams},
                 "steps": self.done,
+                "skipped_steps": self.skipped,
                 "tokens": self.done * self.plan.tokens_per_step,
                 "parameters": self.plan.parameters,
                 "optimizer_state_bytes": measured_state_bytes(self.optimizer),
-                "peak_memory_bytes": memory,
+                "peak_memory_bytes": max(memory, self.meters.peak_memory_bytes),
                 "peak_memory_kind": kind,
                 "tokens_per_second": speed,
-                "optimizer_ms": sum(milliseconds) / len(milliseconds) if milliseconds else None,
+                "optimizer_ms": sums.optimizer_ms / sums.steps if sums.steps else None,
+                "data_share": sums.data_seconds / sums.seconds if sums.steps else None,
                 "mfu": speed * flops / (peak * self.accelerator.num_processes) if peak and speed else None,
-                "training_seconds": self.seconds,
-                "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
+                "training_seconds": self.meters.every.seconds,
+                "wall_seconds": self.meters.wall_seconds + time.perf_counter() - self.began,
             }
         )
         self.tracker.log("final", self.done, {"perplexity": result.perplexity})
         if self.main:
-            if self.cfg.trainer.save_model:
-                save_model(self.model, self.tokenizer, self.record.path / "model")
             baselines = "".join(
                 f"; {name} {self.ngrams[name]:.2f}" for name in ("bigram", "unigram") if name in self.ngrams
             )
             print(f"final validation perplexity {result.perplexity:.4f} on {result.tokens:,} tokens{baselines}")
             print(f"record in {self.record.path}")
-        self.accelerator.end_training()
 
     def _last_good(self) -> str:
         lines = [line for line in read_lines(self.record.metrics_file) if line["kind"] == "train"]
@@ -410,6 +599,20 @@ class Trainer:
             if lines
             else "there is no good step before it"
         )
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy on its way to pinned memory, and the event of its arrival."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
 
 
 def make_accelerator(device: torch.device) -> Accelerator:

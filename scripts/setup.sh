@@ -88,5 +88,7 @@ done
 # shellcheck disable=SC2086  # PIP_ARGS is a list of words
 install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input ${PIP_ARGS:-} "$@" >>"$log" 2>&1; }
 install "${requirements[@]}"
-[ ${#alone[@]} -eq 0 ] || install --no-deps "${alone[@]}"
+# In a folder of their own, which tests/conftest.py adds: `accelerate launch` imports timm wherever it finds it, and fails
+# without torchvision.
+[ ${#alone[@]} -eq 0 ] || install --no-deps --upgrade --target "$venv/oracles" "${alone[@]}"
 for file in "$@"; do fingerprint "$file" >"$venv/.setup-$file"; done

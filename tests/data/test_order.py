@@ -184,6 +184,14 @@ def test_the_epoch_is_that_of_the_last_row(train: Source, tokenizer: Tokenizer) 
     assert seen == [0] * 5 + [1] * 5 + [2]
 
 
+def test_a_state_from_before_there_was_a_choice_of_attention(train: Source, tokenizer: Tokenizer) -> None:
+    state = batches(train, tokenizer, rows="pack").state_dict()
+    del state["contract"]["attention"]
+    batches(train, tokenizer, rows="pack").load_state_dict(state)
+    with pytest.raises(UserError, match="attention was 'row' and is 'document'"):
+        batches(train, tokenizer, rows="pack", attention="document").load_state_dict(state)
+
+
 def test_impossible_settings(train: Source, tokenizer: Tokenizer) -> None:
     for options, message in (
         ({"batch_size": 2, "world_size": 3}, "divided over 3 ranks"),
@@ -191,6 +199,9 @@ def test_impossible_settings(train: Source, tokenizer: Tokenizer) -> None:
         ({"rows": "cut"}, "data.rows"),
         ({"length": 1}, "data.length"),
         ({"start_step": -1}, "negative"),
+        ({"workers": -1}, "negative"),
+        ({"attention": "column"}, "data.attention is 'column'"),
+        ({"attention": "document"}, "one document already"),
     ):
         with pytest.raises(UserError, match=message):
             batches(train, tokenizer, **options)

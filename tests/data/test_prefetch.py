@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import data.loader
 from data import Source, Tokenizer, TrainingBatches, UserError, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,45 @@ class Broken(Source):
         for self.read_so_far in range(1, 41):
             yield "text"
         raise self.error
+
+
+class Late(Source):
+    """Documents that come when told."""
+
+    shards = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.description = {"name": "late", "split": "train"}
+        self.come = threading.Event()
+
+    def read(self, shard: int) -> Iterator[str]:
+        assert self.come.wait(20)
+        yield from ["text"] * 40
+
+
+def test_a_long_wait_is_told(tokenizer: Tokenizer, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line every so often, until the step is there; the seconds of all waits are kept."""
+    source = Late()
+    tell = data.loader._tell
+    waits: list[float] = []
+
+    def recorded(label: str, seconds: float) -> None:
+        tell(label, seconds)
+        waits.append(seconds)
+        if len(waits) == 3:
+            source.come.set()
+
+    monkeypatch.setattr(data.loader, "PATIENCE", 0.05)
+    monkeypatch.setattr(data.loader, "_tell", recorded)
+    with TrainingBatches(source, tokenizer, 8, batch_size=8, shuffle_buffer=0, rank=1, world_size=2) as loader:
+        assert loader.waited == 0
+        for _ in range(4):
+            next(loader)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "data: training has waited 0 s for its next step; being read: The train split of late (rank 1)"
+    assert len(lines) == len(waits) >= 3
+    assert 0.05 <= waits[0] < waits[1] < waits[2] <= loader.waited
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -106,10 +146,12 @@ def test_an_interrupted_wait_loses_no_step(train: Source, tokenizer: Tokenizer, 
     assert got == expected
 
 
-def test_the_interpreter_ends_while_the_thread_works() -> None:
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_interpreter_ends_in_the_middle(prefetch: int) -> None:
     code = (
         "from data import *\n"
-        "loader = TrainingBatches(open_source({'kind': 'sample'}, 'train'), load_tokenizer('sample_1k'))\n"
+        "source, tokenizer = open_source({'kind': 'sample'}, 'train'), load_tokenizer('sample_1k')\n"
+        f"loader = TrainingBatches(source, tokenizer, prefetch={prefetch})\n"
         "next(loader)\n"
         "print('leaving')"
     )

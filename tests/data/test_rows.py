@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,3 +120,81 @@ def test_limits_give_the_beginning_of_the_tokens() -> None:
         whole = tokenizer.encode(everything)
         for limit in (1, 7, 255):
             assert tokenizer.encode(everything, limit) == [ids[:limit] for ids in whole]
+
+
+def positions_by_hand(row: list[int], end: int) -> list[int]:
+    positions: list[int] = []
+    for i in range(len(row)):
+        positions.append(0 if i == 0 or row[i - 1] == end else positions[-1] + 1)
+    return positions
+
+
+def test_attention_inside_documents(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """The rows are the same; positions start again after each end-of-text, and nothing predicts a first token."""
+    config = corpus(15, 4, 18)
+    options: dict[str, Any] = {"length": 16, "rows": "pack", "batch_size": 7, "shuffle_buffer": 5}
+    plain = TrainingBatches(open_source(config, "train"), tokenizer, prefetch=0, **options)
+    starts = 0
+    with TrainingBatches(open_source(config, "train"), tokenizer, attention="document", **options) as loader:
+        for _ in range(12):
+            step, expected = next(loader), next(plain)
+            assert set(step) == {"input_ids", "labels", "position_ids"} and set(expected) == {"input_ids", "labels"}
+            assert step["position_ids"].dtype == torch.int64
+            assert torch.equal(step["input_ids"], expected["input_ids"])
+            for row, labels, positions in zip(*map(torch.Tensor.tolist, step.values()), strict=True):
+                assert positions == positions_by_hand(row, tokenizer.eos_id)
+                assert labels == [IGNORE if i and not positions[i] else row[i] for i in range(16)]
+                starts += positions[1:].count(0)
+    assert starts > 12
+
+
+def test_validation_rows_for_attention_inside_documents(train: Source, tokenizer: Tokenizer) -> None:
+    for budget in (None, 100):
+        expected, kept = validation_rows(train, tokenizer, 16, "pack", budget)
+        input_ids, labels, positions = validation_rows(train, tokenizer, 16, "pack", budget, attention="document")
+        assert torch.equal(input_ids, expected)
+        assert positions.tolist() == [positions_by_hand(row, tokenizer.eos_id) for row in input_ids.tolist()]
+        first = (positions == 0) & (torch.arange(16) > 0)
+        assert first.any() and torch.equal(labels, kept.masked_fill(first, IGNORE))
+    with pytest.raises(UserError, match="one document already"):
+        validation_rows(train, tokenizer, 16, "truncate", attention="document")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("training", [False, True])
+def test_position_ids_alone_keep_attention_inside_documents(
+    train: Source, tokenizer: Tokenizer, implementation: str, training: bool
+) -> None:
+    """What `transformers` makes of them: each document of a packed row gets the logits that it gets alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=tokenizer.vocab_size,
+        initializer_range=0.5, use_cache=False, attn_implementation=implementation, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().train(training)
+    input_ids, _, positions = validation_rows(train, tokenizer, 32, "pack", 128, attention="document")
+    together = model(input_ids=input_ids, position_ids=positions).logits
+    across = model(input_ids=input_ids).logits
+    assert (together - across).abs().max() > 1
+    parts = 0
+    for row in range(len(input_ids)):
+        begins = [*(positions[row] == 0).nonzero().flatten().tolist(), 32]
+        for first, end in itertools.pairwise(begins):
+            alone = model(input_ids=input_ids[row : row + 1, first:end]).logits[0]
+            torch.testing.assert_close(together[row, first:end], alone, rtol=1e-4, atol=1e-4)  # float32 inside
+            parts += 1
+    assert parts > 2 * len(input_ids)
+
+
+def test_numpy_tokens_make_the_same_rows(tokenizer: Tokenizer, train: Source) -> None:
+    """Sources that hold tokens give arrays, others lists; against a slow reference."""
+    tokens = tokenizer.encode(list(train.documents()))
+    for length in (2, 16, 64):
+        for given in (tokens, [np.array(ids, dtype=np.uint16) for ids in tokens]):
+            input_ids, labels = truncated(given, length, tokenizer)
+            for ids, row, label in zip(tokens, input_ids.tolist(), labels.tolist(), strict=True):
+                whole = [*ids[: length - 1], tokenizer.eos_id]
+                assert row == whole + [tokenizer.pad_id] * (length - len(whole))
+                assert label == whole + [IGNORE] * (length - len(whole))

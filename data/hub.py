@@ -69,8 +69,8 @@ class Retries:
             ) from error
         seconds = min(LONGEST_PAUSE, 2.0 ** (self.count - 1)) * SystemRandom().uniform(0.75, 1.25)
         asked = _asked_pause(error)
-        if asked is not None:  # all ranks are told the same
-            seconds = min(asked, LONGEST_WISH) + seconds
+        if asked is not None:  # all ranks are told the same, and should not come back together
+            seconds = max(seconds, min(asked, LONGEST_WISH) * SystemRandom().uniform(1.0, 1.25))
         print(
             f"data: {self.what} failed ({_short(error)}); retry {self.count} of {limit} in {seconds:.0f} s",
             file=sys.stderr,
@@ -87,10 +87,11 @@ def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _transient(error: Exception) -> bool:
+def _transient(error: Any) -> bool:
+    """Whether the same request may work later."""
     status = _status(error)
-    if status is not None:
-        return status in TRANSIENT
+    if status is not None:  # an address that the Hub sent us on to refuses where it has expired
+        return status in TRANSIENT or (status == 403 and bool(getattr(error.response, "history", None)))
     if isinstance(error, (FileNotFoundError, PermissionError)):
         return False
     packages = {base.__module__.split(".")[0] for base in type(error).__mro__}
@@ -162,7 +163,7 @@ class Repository:
         home = hf_hub_url(self.name, file.path, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
         url = home
         retries = Retries(f"reading {self.name}/{file.path}", self.retries)
-        digest = hashlib.sha256()
+        digest = hashlib.sha256() if start == 0 and file.sha256 else None
         while start < file.size:
             block = bytearray()
             end = min(start + BLOCK, file.size)
@@ -176,10 +177,11 @@ class Repository:
                         retries.failed(error)
                     url = home  # the address that it led to may have expired
             retries.worked()
-            digest.update(block)
+            if digest is not None:
+                digest.update(block)
             start = end
             yield bytes(block)
-        if file.sha256 not in (None, digest.hexdigest()):
+        if digest is not None and digest.hexdigest() != file.sha256:
             raise UserError(
                 f"{self.name}/{file.path} was damaged on its way here (its SHA-256 is not the Hub's): {RESUME}, or {OFFLINE}."
             )

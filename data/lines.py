@@ -61,7 +61,7 @@ def inflate(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The content of a gzip file of one or more members, which zeros may follow. Raises `Damage`."""
     engine = None
     first = True
-    for chunk in chunks:
+    for chunk in _small(chunks):
         while chunk:
             if engine is None:
                 chunk = chunk if first else chunk.lstrip(b"\0")
@@ -80,6 +80,13 @@ def inflate(chunks: Iterable[bytes]) -> Iterator[bytes]:
                 engine = None
     if engine is not None:
         raise Damage("damaged or cut gzip file (it ends too early); fetch the file again.")
+
+
+def _small(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in chunks of at most CHUNK bytes."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), CHUNK):
+            yield chunk[start : start + CHUNK]
 
 
 def _until_damage(engine: zlib._Decompress, chunk: bytes) -> bytes:

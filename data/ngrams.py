@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .rows import IGNORE, check_rows, tokenised
 from .sources import Source
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # see rows.py
+    import torch
 
 DISCOUNT = 0.75
 PAIRS_AT_ONCE = 1 << 23  # pairs kept before they are counted: bounds the memory at 64 MiB

@@ -274,9 +274,7 @@ def write_shard(
         }
         write_json(path.with_suffix(".json"), {"plan": plan, "entry": entry})
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): put that right, then {AGAIN}."
-        ) from error
+        raise _cannot_write(path, error) from error
     return entry
 
 
@@ -293,14 +291,21 @@ def finished_shard(folder: Path, file: str, plan: str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    with _temporary(path) as temporary:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    _sync(path.parent)
+    """Write a JSON file that appears whole or not at all. Raises `UserError`."""
+    try:
+        with _temporary(path) as temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror or error}): put that right, then {AGAIN}.")
 
 
 def digest(content: dict[str, Any]) -> str:

@@ -104,7 +104,7 @@ class Producer:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(10.0)
         self.kill()
-        code = self._process.returncode
+        code = self._process.returncode or 0
         if code < 0:
             return UserError(
                 f"The data process was ended from outside ({signal.strsignal(-code)}), most likely because memory ran "
@@ -115,11 +115,14 @@ class Producer:
     def kill(self) -> None:
         """End the process at once; `steps` then ends too."""
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a disk that does not answer can hold it
+            self._process.wait(10.0)
 
     def close(self) -> None:
         """End the process and close the pipes, which nobody may be using."""
         self.kill()
+        if self._process.returncode is None:  # a thread may still wait at the pipe, and closing it would wait for that
+            return
         for pipe in (self._orders, self._answers):
             with suppress(OSError):  # an order that was never read
                 pipe.close()

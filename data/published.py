@@ -16,10 +16,12 @@ library's shuffle was another one when the published runs were made.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from .tokenizer import Tokenizer
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # input ids and labels
 Item = Rows | str  # of a worker: a batch, empty where nobody will look at it; or the message of an error
+# A launcher or a terminal sends these to every process.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 NOTHING = (torch.empty(0), torch.empty(0))
 
 
@@ -120,15 +124,24 @@ class PublishedBatches:
         self._rows.skipped = self.step * self._batches_a_step
         if self._rows.skipped:
             print(f"data: reading again what {self.step} steps read before (data.protocol=published)", file=sys.stderr)
+        # Workers are forked from a process that has imported everything, and has neither threads nor an accelerator.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "datasets"])
         loader = DataLoader(
             self._rows,
             batch_size=None,
             num_workers=self._workers,
             worker_init_fn=_begin,
-            multiprocessing_context="spawn",
+            multiprocessing_context=context,
             generator=torch.Generator(),  # the workers' seed, which nothing uses, is not drawn from the model's numbers
         )
-        items: Iterator[Item] = iter(loader)
+        resource_tracker.ensure_running()  # now, because it unblocks signals when it starts
+        # Blocked signals stay blocked in new processes: what to do about them is the trainer's decision alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            items: Iterator[Item] = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for _ in range(self._rows.skipped):
             self._next(items)
         return items
@@ -252,10 +265,6 @@ class _Rows(IterableDataset):
 
 
 def _begin(_: int) -> None:
-    """Leave signals that a launcher sends to every process to the trainer: a worker that ends, ends the run.
-
-    The second SIGTERM ends it nevertheless; torch sends one to a worker that does not end by itself.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    """Let the second SIGTERM end a worker: the first may be the launcher's, torch sends one to a worker that hangs."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

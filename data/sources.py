@@ -197,6 +197,8 @@ class LineSource(Source):
         def leave_out(what: str) -> None:
             nonlocal left_out
             left_out += 1
+            if self._on_error == "stop":
+                deque(chunks, maxlen=0)  # to the end, where it turns out whether the bytes are those of the listing
             self._leave_out(shard, left_out, what)
 
         is_text = place.endswith(TEXT_ENDINGS)
@@ -207,7 +209,7 @@ class LineSource(Source):
                 elif self._holdout is None or held_out(text, self._holdout) == (self._split == "validation"):
                     yield text
         except Damage as damage:
-            deque(chunks, maxlen=0)  # to its end, where the source sees whether the bytes are those of the listing
+            deque(chunks, maxlen=0)
             leave_out(f"{place}, after line {number}: {damage}")
         else:
             if number == 0 and not is_text:
@@ -235,6 +237,7 @@ class LineSource(Source):
                 if whole:
                     yield damage
                 whole, parts = False, []
+                size += len(line or b"")
                 continue
             if size > self._document_characters and text.isspace():
                 if whole:

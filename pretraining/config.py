@@ -431,7 +431,7 @@ def _from_shell(function: Callable[[DictConfig], Any], root: str, argv: list[str
     asked = parser.parse_intermixed_args(argv)
     if asked.multirun:
         raise UserError(_NO_SWEEP)
-    cfg = compose([_quoted(override) for override in asked.overrides], root)
+    cfg = compose([quoted(override) for override in asked.overrides], root)
     if asked.help or asked.cfg:
         if speak:
             print(
@@ -442,7 +442,7 @@ def _from_shell(function: Callable[[DictConfig], Any], root: str, argv: list[str
     return cfg
 
 
-def _quoted(override: str) -> str:
+def quoted(override: str) -> str:
     """Free text and paths as the shell delivers them, quoted for Hydra's grammar where it needs that."""
     key, equals, value = override.partition("=")
     plain = not value or "${" in value or (value[0] in "'\"" and value[-1] == value[0] and len(value) > 1)

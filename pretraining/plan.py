@@ -124,11 +124,13 @@ def data_workers(cfg: DictConfig, device: torch.device) -> int:
     """Tokenising threads of each rank's own data process; 0: a thread of the training process.
 
     auto: on a CPU the training takes all cores anyway; beside a GPU, a process of its own keeps the interpreter free for
-    launching kernels.
+    launching kernels. Prepared rows are only copied.
     """
     workers = cfg.data.get("workers", 0)
     if workers != "auto":
         return workers
+    if cfg.data.kind == "prepared":
+        return 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // ranks - 1))
 

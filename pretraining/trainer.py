@@ -260,32 +260,37 @@ class Trainer:
         self.bar = tqdm(
             total=self.steps, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.main else True
         )
-        result: Evaluation | None = None
         try:
             with self.batches, closing(self.tracker), self.bar:
-                if self.done and self._evaluation_due() and self.evaluated != self.done:
-                    result = self._evaluate()  # the process before was stopped just before it
-                self.clock = time.perf_counter()
-                while self.done < self.steps:
-                    self._stop_if_asked()
-                    self._step()
-                    if self._evaluation_due() or self._save_due():
-                        self._settle(0)
-                        self._stop_if_asked()
-                        if self._evaluation_due():
-                            result = self._evaluate()
-                            self._stop_if_asked()
-                        if self._save_due():
-                            self._save()
-                        self.clock = time.perf_counter()
-                if result is None:  # resumed from the last step's checkpoint: its evaluation is in the record
-                    result = self._evaluate(again=True)
-                    self._stop_if_asked()
-                self.bar.close()  # before other lines are printed
-                assert result is not None
-                self._finish(result)
-        finally:
+                self._loop()
+        except Stopped:  # by all ranks together; any other error may be of one alone, and the launcher ends the rest
             self.accelerator.end_training()
+            raise
+        self.accelerator.end_training()
+
+    def _loop(self) -> None:
+        result: Evaluation | None = None
+        if self.done and self._evaluation_due() and self.evaluated != self.done:
+            result = self._evaluate()  # the process before was stopped just before it
+        self.clock = time.perf_counter()
+        while self.done < self.steps:
+            self._stop_if_asked()
+            self._step()
+            if self._evaluation_due() or self._save_due():
+                self._settle(0)
+                self._stop_if_asked()
+                if self._evaluation_due():
+                    result = self._evaluate()
+                    self._stop_if_asked()
+                if self._save_due():
+                    self._save()
+                self.clock = time.perf_counter()
+        if result is None:  # resumed from the last step's checkpoint: its evaluation is in the record
+            result = self._evaluate(again=True)
+        self._stop_if_asked()
+        assert result is not None
+        self.bar.close()  # before other lines are printed
+        self._finish(result)
 
     def _evaluation_due(self) -> bool:
         return self.done == self.steps or self.done % self.cfg.trainer.eval_every == 0
@@ -571,6 +576,7 @@ class Trainer:
                 **{f"{name}_perplexity": self.ngrams[name] for name in ("unigram", "bigram") if self.ngrams},
                 "steps": self.done,
                 "skipped_steps": self.skipped,
+                "damaged_documents": sum(self.source.damaged.values()),
                 "tokens": self.done * self.plan.tokens_per_step,
                 "parameters": self.plan.parameters,
                 "optimizer_state_bytes": measured_state_bytes(self.optimizer),

@@ -55,7 +55,7 @@ from data.prepared import (  # noqa: E402
 )
 from data.sources import shard_order  # noqa: E402
 from data.tokenizer import SentencePieceTokenizer  # noqa: E402
-from pretraining.config import _quoted, compose  # noqa: E402
+from pretraining.config import compose, quoted  # noqa: E402
 from pretraining.lock import RunLock  # noqa: E402
 
 AHEAD = 4096  # documents prepared beyond the last that is needed: the loader reads a little ahead
@@ -278,7 +278,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def prepare(asked: argparse.Namespace) -> None:
     """All of the command. Raises `UserError`."""
-    cfg = compose([_quoted(word) for word in asked.overrides])
+    cfg = compose([quoted(word) for word in asked.overrides])
     data = cfg.data
     if data.kind == "prepared" or data.get("protocol", "exact") != "exact":
         raise UserError(
@@ -357,21 +357,20 @@ def _settle(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         ours, theirs = _essence(facts), _essence(plan)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a new folder as --to.") from error
-    different = [f"{key} was {theirs[key]} and is {ours[key]}" for key in ours if ours[key] != theirs[key]]
+    different = [f"{key} was {theirs[key][1]} and is {ours[key][1]}" for key in ours if ours[key][0] != theirs[key][0]]
     if different:
         raise UserError(f"{folder} was begun for something else: {'; '.join(different)}; give a new folder as --to.")
     return plan
 
 
-def _essence(plan: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for two preparations to share a folder."""
-    return {
-        "format": plan["format"],
-        "the tokenizer": f"{plan['tokenizer']['name']} ({plan['tokenizer']['fingerprint'][:12]})",
-        "--max-tokens": plan["max_tokens"],
-        **{f"the {split} split": part["identity"] for split, part in plan["splits"].items()},
-        "what the validation rows need": plan["validation"],
-    }
+def _essence(plan: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What must be the same for two preparations to share a folder, and how to show it."""
+    tokenizer = plan["tokenizer"]
+    facts = {"the format": plan["format"], "--max-tokens": plan["max_tokens"]}
+    facts |= {f"the {split} split": part["identity"] for split, part in plan["splits"].items()}
+    facts["what the validation rows need"] = plan["validation"]
+    shown = f"{tokenizer['name']} ({tokenizer['fingerprint'][:12]})"
+    return {"the tokenizer": (tokenizer["fingerprint"], shown), **{key: (fact, fact) for key, fact in facts.items()}}
 
 
 def _run(work: Work, plan: dict[str, Any], request: Request, jobs: int) -> dict[str, Any]:

@@ -84,7 +84,6 @@ TIMES = {"optimizer_ms", "data_ms", "tokens_per_second", "peak_memory_bytes", "d
 TIMES |= {"training_seconds", "wall_seconds"}
 # Generators that the trainer saves for libraries, but does not seed; nothing of ours draws from them.
 UNSEEDED = {"random/python", "random/numpy", "random/gauss"}
-LAST_KILLS = 4  # of a run, after its last step
 MARK = "RACS_ALICE_SOAK"  # an environment variable, by which processes that were left behind are found
 PATIENCE = 120.0  # seconds after which a process that should have ended is stuck
 
@@ -253,6 +252,9 @@ def serve() -> None:
     import reporting  # noqa: F401
     import train  # noqa: F401
     from pretraining import trainer  # noqa: F401
+    from pretraining.config import compose
+
+    compose(SETTINGS)  # which imports more
 
     def answer(*values: Any) -> None:
         os.write(1, json.dumps(values).encode() + b"\n")
@@ -421,14 +423,14 @@ def compare(whole: Path, killed: Path) -> list[str]:
     there, here = _files(whole), _files(killed)
     found = [f"{name} is missing" for name in sorted(there - here)]
     found += [f"{name} was left behind" for name in sorted(here - there)]
-    found += [f"{path.name} was left beside it" for path in killed.parent.glob(f".{killed.name}.*")]
+    # For an instant, who takes the lock has a file of its own beside it; a kill just then is not held against the run.
+    beside = sorted(path.name for path in killed.parent.glob(f".{killed.name}.*"))
+    found += [f"{name} was left beside it" for name in beside if not re.search(r"\.lock\.[0-9a-f]{32}$", name)]
     for name in sorted(there & here):
         a, b = whole / name, killed / name
         if name == "metrics.jsonl":
             pairs = zip_longest(_lines(a), _lines(b))
             found += [f"{name}: {y} instead of {x}" for x, y in pairs if x != y][:3]
-        elif a.suffix == ".safetensors":
-            found += [f"{name}: {tensor} differs" for tensor in _different_tensors(a, b)[:3]]
         elif name == "summary.json" or a.name == "state.json":
             x, y = (
                 {k: v for k, v in json.loads(f.read_bytes()).items() if k not in TIMES | {"meters"}} for f in (a, b)
@@ -436,6 +438,8 @@ def compare(whole: Path, killed: Path) -> list[str]:
             found += [f"{name}: {k} is {y.get(k)}, not {x.get(k)}" for k in sorted(x | y) if x.get(k) != y.get(k)]
         elif name == "samples.txt" or (a.parent.name == "model" and a.name != "README.md"):
             found += [f"{name} differs"] if a.read_bytes() != b.read_bytes() else []
+    for folder in sorted({str(Path(name).parent) for name in there & here if name.endswith(".safetensors")}):
+        found += [f"{folder}: {tensor} differs" for tensor in _different_tensors(whole / folder, killed / folder)[:3]]
     return found
 
 
@@ -450,17 +454,20 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _different_tensors(a: Path, b: Path) -> list[str]:
+    """Names of tensors that differ in a bit. Which of a folder's files holds a tensor means nothing."""
+    import torch
     from safetensors.torch import load_file
 
-    x, y = load_file(a), load_file(b)
-    return [
-        name
-        for name in sorted((x.keys() | y.keys()) - UNSEEDED)
-        if name not in x
-        or name not in y
-        or (x[name].dtype, x[name].shape) != (y[name].dtype, y[name].shape)
-        or x[name].numpy().tobytes() != y[name].numpy().tobytes()  # bits: NaN equals NaN, and 0 is not -0
-    ]
+    def load(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+        # Bits: NaN equals itself, and 0 is not -0.
+        return {
+            name: (str(x.dtype), tuple(x.shape), x.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for name, x in tensors.items()
+        }
+
+    x, y = load(a), load(b)
+    return [name for name in sorted((x.keys() | y.keys()) - UNSEEDED) if x.get(name) != y.get(name)]
 
 
 # Killing ------------------------------------------------------------------------------------------------------------
@@ -493,14 +500,17 @@ class Soak:
         if code != 0:
             raise RuntimeError(f"the run that was left alone ended with {code}: {self._tail()}")
 
-    def run(self, kills: int, told: Callable[[], None] = lambda: None) -> None:
-        """One run, killed up to ``kills`` times; then it may end, and is compared."""
+    def run(self, kills: int, last: int = 4, told: Callable[[], None] = lambda: None) -> None:
+        """One run, killed up to ``kills`` times, ``last`` of them after its last step; then it may end, and is compared.
+
+        It can be fewer: a process may end before the moment that was waited for has come.
+        """
         self.runs += 1
         run_dir = self.folder / f"run-{self.runs}"
         after = 0  # kills after the last step: they cost a run no progress, so there has to be an end of them
         for left in range(kills, -1, -1):
-            ending = (run_dir / "checkpoints" / f"step-{STEPS:07d}").exists() or left <= LAST_KILLS - after
-            kill = left > 0 and after < LAST_KILLS
+            ending = (run_dir / "checkpoints" / f"step-{STEPS:07d}").exists() or left <= last - after
+            kill = left > 0 and after < last
             code, fell = self._attempt(run_dir, kill, self.rng.random() < self.door, ending)
             if code != -signal.SIGKILL:
                 break
@@ -580,7 +590,7 @@ def soak(kills: int, seed: int, door: float, folder: Path) -> tuple[list[Soak], 
         done = 0
         while done < kills and not any(one.problems for one in soaks):
             one = min(soaks, key=lambda one: len(one.kills))
-            one.run(min(kills - done, 25), bar.update)
+            one.run(min(kills - done, 25), told=bar.update)
             done = sum(len(one.kills) for one in soaks)
     return soaks, time.monotonic() - began
 
@@ -648,6 +658,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+    record["environment"]["hardware"]["threads"] = 1
     record["environment"]["command"] = shlex.join(["python", "scripts/soak.py", *words])
     write(record, asked.out)
     fell = ", ".join(f"{number} {phase}" for phase, number in record["fell"].items())

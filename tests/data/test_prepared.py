@@ -434,6 +434,9 @@ def test_another_preparation_is_refused(corpus: Corpus, prepare: Prepare, tmp_pa
     good = contents(folder)
     with pytest.raises(UserError, match=r"something else: the tokenizer was sample_1k .* is sample_4k .*new folder"):
         prepare(config, tokenizer="sample_4k")
+    elsewhere = tmp_path / "copy.model"
+    shutil.copy(ROOT / "data" / "sample" / "sample_1k.model", elsewhere)
+    prepare(config, tokenizer=str(elsewhere))  # the same one by another name
     with pytest.raises(UserError, match="--max-tokens was None and is 15"):
         prepare(config, max_tokens="row")
     with pytest.raises(UserError, match="what the validation rows need was None and is"):
@@ -507,15 +510,16 @@ def test_killed_at_any_instant(corpus: Corpus, prepare: Prepare, tmp_path: Path)
     assert operation >= 25 and kept == {0, 1, 2, 3}
 
 
-def children(pid: int) -> set[int]:
-    found = set()
+def processes() -> dict[int, int]:
+    """The running processes, each with its parent."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
+        except OSError:  # it has just ended
             continue
-        if fields[0] != "Z" and int(fields[1]) == pid:
-            found.add(int(path.parent.name))
+        if fields[0] != "Z":
+            found[int(path.parent.name)] = int(fields[1])
     return found
 
 
@@ -532,14 +536,14 @@ def test_a_killed_pool_leaves_no_process_and_the_same_files(tmp_path: Path, prep
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None and not list(folder.glob("train/0*.json")):
             time.sleep(0.002)
-        workers = children(process.pid)
+        workers = {pid for pid, parent in processes().items() if parent == process.pid}
         process.kill()
     finished = {path: path.with_suffix(".tokens").stat().st_ino for path in folder.glob("train/0*.json")}
     assert len(workers) >= 2 and finished and not (folder / "manifest.json").exists()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    deadline = time.monotonic() + 60
+    while workers & processes().keys() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers & processes().keys()
     config = {"kind": "c4_local", "name": "c4_local", "path": str(tmp_path)}
     options = {"max_tokens": "row", "length": 256, "shuffle_buffer": 1000, "validation_max_tokens": 10_000_000}
     prepare(config, jobs=2, batch_size=512, **options)

@@ -51,7 +51,7 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 
 class Ending(Source):
-    """Sixty documents, and then an error, or silence. Comes over to the process by its module's name."""
+    """Sixty documents, and then an error, or silence. It prints, as libraries do."""
 
     shards = 1
 
@@ -61,6 +61,7 @@ class Ending(Source):
         self.error = error
 
     def read(self, shard: int) -> Iterator[str]:
+        print("reading")
         yield from ["text"] * 60
         if self.error is not None:
             raise self.error

@@ -80,9 +80,9 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(alice):
 
 def test_one_whose_rows_come_from_another_process_leaves_no_process_behind(server, tmp_path):
     one = soak.Soak(server, tmp_path, "sophia-truncate", random.Random(1))
-    one.run(7)
+    one.run(5, last=1)
     assert not one.problems, "\n".join(one.problems)
-    assert len(one.kills) >= 4
+    assert len(one.kills) >= 3
     assert {kill["resumed_from"] for kill in one.kills} - {None, 0}
 
 
@@ -114,8 +114,8 @@ SHARD = f"{LAST}/shard-00001-model-00001-of-00001.safetensors"
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda run: set_bit(run / "model/model.safetensors", "lm_head"), "model.safetensors: lm_head"),
-        (lambda run: set_bit(run / SHARD, "/Q"), r"safetensors: optimizer/.*/Q differs"),
+        (lambda run: set_bit(run / "model/model.safetensors", "lm_head"), "model: lm_head"),
+        (lambda run: set_bit(run / SHARD, "/Q"), f"{LAST}: optimizer/.*/Q differs"),
         (lambda run: set_bit(run / SHARD, "random/cpu"), "random/cpu differs"),
         (lambda run: edit(run / LAST / "state.json", '"step": 48', '"step": 47'), "state.json: step is 47, not 48"),
         (lambda run: edit(run / "metrics.jsonl", '"step": 7,', '"step": 8,'), "metrics.jsonl: .* instead of"),
@@ -147,6 +147,29 @@ def stopped_at(log, name):
     return int(re.findall(rf"^stopped by {name} after step (\d+), which is saved: the same command", text, re.M)[-1])
 
 
+def stop_twice(server, run, folder):
+    """Send a second signal before the first has been obeyed; returns the checkpoints that were there."""
+    for attempt in range(9):
+        watch, log = soak.Watch(run), folder / f"twice-{attempt}.log"
+        process = server.start(words(run), log)
+        until([process], lambda w=watch: w.started() and w.last()[1] > w.resumes and w.last()[1] % 3 == 1)
+        process.send_signal(signal.SIGTERM)
+        while process.poll() is None and "stopping after this step" not in log.read_text():
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGSTOP)  # it would have obeyed long before somebody loses patience
+        time.sleep(1.2)
+        before = watch.saved()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        if process.wait() == EXIT_CODE:  # this process was too slow
+            continue
+        assert process.wait() == 128 + signal.SIGINT
+        assert "second signal (SIGINT): leaving at once" in log.read_text()
+        assert watch.saved() == before
+        return before
+    raise AssertionError("no second signal arrived in time")
+
+
 def test_signals_save_and_the_same_command_continues(server, alice, tmp_path):
     """The first to the command itself, in an interpreter of its own, with a data process beside it."""
     run, saved = tmp_path / "run", []
@@ -165,18 +188,7 @@ def test_signals_save_and_the_same_command_continues(server, alice, tmp_path):
         assert watch.last()[1] == saved[-1]
     assert saved == sorted(set(saved)) and saved[-1] < soak.STEPS
 
-    watch, log = soak.Watch(run), tmp_path / "twice.log"
-    process = server.start(words(run), log)
-    until([process], lambda: watch.started() and watch.last()[1] > watch.resumes and watch.last()[1] % 3 == 1)
-    process.send_signal(signal.SIGSTOP)  # so that both arrive before the end of a step
-    time.sleep(0.1)
-    before = watch.saved()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-        process.send_signal(number)
-    assert process.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert "leaving at once" in log.read_text()
-    assert watch.saved() == before
-
+    before = stop_twice(server, run, tmp_path)
     assert server.start(words(run), tmp_path / "last.log").wait() == 0
     assert f"after step {before[-1]}\n" in (tmp_path / "last.log").read_text()
     assert soak.compare(alice.whole, run) == []
@@ -185,13 +197,16 @@ def test_signals_save_and_the_same_command_continues(server, alice, tmp_path):
 # Two ranks
 
 
-def start_ranks(server, run_dir, log, *more):
+SHORT = "trainer.steps=24"
+
+
+def start_ranks(server, run_dir, log):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        server.start(words(run_dir, *more), log.with_suffix(f".{rank}"), RANK=rank, LOCAL_RANK=rank, **group)
+        server.start(words(run_dir, SHORT), log.with_suffix(f".{rank}"), RANK=rank, LOCAL_RANK=rank, **group)
         for rank in "01"
     ]
 
@@ -203,7 +218,7 @@ def test_two_ranks_stop_together_and_go_on(server, alice, tmp_path):
     # A launcher passes its signal on to all ranks.
     watch, log = soak.Watch(run), tmp_path / "torchrun.log"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    job = server.door(words(run), log, launcher)
+    job = server.door(words(run, SHORT), log, launcher)
     until([job], lambda: watch.started() and watch.last()[1] >= 4)
     job.send_signal(signal.SIGTERM)
     assert job.wait(soak.PATIENCE) != 0
@@ -220,18 +235,17 @@ def test_two_ranks_stop_together_and_go_on(server, alice, tmp_path):
     assert "stopped by a signal to another rank after step" in log.with_suffix(".0").read_text()
 
     # One rank is killed: the other one must not wait for ever.
-    for victim in (1, 0):
-        watch = soak.Watch(run)
-        ranks = start_ranks(server, run, tmp_path / f"killed-{victim}.log")
-        until(ranks, lambda w=watch: w.started() and w.last()[1] >= w.resumes + 4)
-        ranks[victim].send_signal(signal.SIGKILL)
-        codes = [rank.wait() for rank in ranks]
-        assert codes[victim] == KILLED and codes[1 - victim] not in (0, KILLED)
-        assert watch.saved()[-1] > watch.resumes
+    watch = soak.Watch(run)
+    ranks = start_ranks(server, run, tmp_path / "killed.log")
+    until(ranks, lambda: watch.started() and watch.last()[1] >= watch.resumes + 4)
+    ranks[0].send_signal(signal.SIGKILL)
+    codes = [rank.wait() for rank in ranks]
+    assert codes[0] == KILLED and codes[1] not in (0, KILLED)
+    assert watch.saved()[-1] > watch.resumes
 
     # On as many ranks as before, and on one.
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    assert server.start(words(alone), tmp_path / "alone.log").wait() == 0
+    assert server.start(words(alone, SHORT), tmp_path / "alone.log").wait() == 0
     assert [rank.wait() for rank in start_ranks(server, run, tmp_path / "last.log")] == [0, 0]
     assert soak.compare(whole, run) == []
     for ours, theirs in zip(soak._lines(alone / "metrics.jsonl"), soak._lines(whole / "metrics.jsonl"), strict=True):

@@ -1,0 +1,103 @@
+"""Malformed inputs: each is refused in a sentence that names it, or left out and counted; nothing hangs.
+
+The tables are in the files beside this one; here is what they share, and the count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60.0  # what no case may need, on a machine with much else to do
+TABLES = ("data", "stores", "configs", "runs")
+
+# How the second half of a sentence begins, or a rule that says what the value must be.
+ADVICE = re.compile(
+    r"\bmust be\b|[:;,(.] (and |or |first )?(add|check|choose|convert|correct|delete|fetch|finish|free|give|install|keep|"
+    r"leave|lower|offline|pass|prepare|put|quote|raise|remove|restore|resume|run|set|start|train|update|use|write|"
+    r"each line must|a row needs|did you mean|the settings are|there are|choices|recipes)\b",
+    re.IGNORECASE,
+)
+
+
+class TooSlow(BaseException):
+    """No `Exception`, so that nothing on the way takes it for an error of the input."""
+
+
+@contextlib.contextmanager
+def within(seconds: float = SECONDS) -> Iterator[None]:
+    """Fail where the body takes longer; a body that hangs outside Python ends the whole process, with a traceback."""
+
+    def late(*_: object) -> None:
+        raise TooSlow(f"still at it after {seconds:g} s")
+
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(call: Callable[[], Any], *names: str) -> str:
+    """The message of the `UserError` that `call` ends in: one line that holds every name and says what to do."""
+    with within(), pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    for name in names:
+        assert name in message, message
+    assert len(message.splitlines()) == 1 and "Traceback" not in message, message
+    assert ADVICE.search(message), message
+    return message
+
+
+def test_there_are_two_hundred_and_no_two_have_one_name() -> None:
+    names: list[str] = []
+    for table in TABLES:
+        module = importlib.import_module(f"tests.test_malformed_{table}")
+        cases = module.CASES
+        assert not set(module.KNOWN) - set(cases), f"{table}: KNOWN lists what is no case"
+        names += [f"{table}: {name}" for name in cases if name not in module.KNOWN]
+    assert len(names) == len(set(names)) >= 200
+
+
+def test_the_helper_notices_what_hangs_and_what_says_too_little() -> None:
+    with pytest.raises(TooSlow), within(0.05):
+        threading.Event().wait(10)
+
+    def fail(message: str) -> Callable[[], None]:
+        def call() -> None:
+            raise UserError(message)
+
+        return call
+
+    refused(fail("a.txt is cut: fetch it again."), "a.txt")
+    for message in ("a.txt is cut", "b.txt is cut: fetch it again.", "a.txt\nis cut: fetch it again."):
+        with pytest.raises(AssertionError):
+            refused(fail(message), "a.txt")
+
+
+def door(script: str, *words: str) -> str:
+    """The one line on stderr that a door ends in, with exit code 2."""
+    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.startswith("error: "), done.stderr
+    return done.stderr

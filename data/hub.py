@@ -264,7 +264,7 @@ def _listing(repository: Repository, folder: str) -> tuple[HubFile, ...]:
     url: str | None = (
         f"{repository.endpoint or constants.ENDPOINT}/api/datasets/{repository.name}/tree/{repository.revision}"
     )
-    url = f"{url}/{quote(folder)}" if folder else url
+    url = f"{url}/{quote(folder, safe='')}" if folder else url
     attempts = Retries(f"listing {repository.name}/{folder}", repository.retries)
     files: list[HubFile] = []
     while url is not None:
@@ -342,11 +342,7 @@ class HubFileSource(LineSource):
             raise UserError(
                 f"{pattern}: data.train_files and data.validation_files may have * only after the last slash."
             )
-        self._files = [
-            file
-            for file in self._repository.list_files(folder)
-            if fnmatch.fnmatchcase(file.path, pattern) and file.size
-        ]
+        self._files = [file for file in self._repository.list_files(folder) if fnmatch.fnmatchcase(file.path, pattern)]
         if not self._files:
             raise UserError(
                 f"The data set {name} has no file {pattern} at {self._repository.revision}: correct data.train_files, "

@@ -170,6 +170,8 @@ class TrainingBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. The number of ranks may differ; anything that orders rows may not."""
         theirs, ours = {"attention": "row", **state["contract"]}, self._contract()  # older states know no other
+        if theirs.get("source") == self.plan.source.former_identity:
+            theirs["source"] = ours["source"]
         different = sorted(key for key in ours if theirs.get(key) != ours[key])
         if different:
             changes = ", ".join(f"{key} was {theirs.get(key)!r} and is {ours[key]!r}" for key in different)

@@ -7,7 +7,8 @@ each takes documents number w, w + W, w + 2W, ... of its own stream, as if all o
 - W - 1 of W documents are read and never trained on: 7 of 8 with the published 8 workers;
 - which rows a step has depends on the numbers of ranks and workers, and on `published_batch`;
 - with fewer files than workers, the other workers have nothing to read;
-- the data is passed over once, and it ends where the first pass does.
+- the data is passed over once, and it ends where the first pass does;
+- on the Hub, the library's own requests and retries are made, many more than `HubFileSource` makes.
 
 The order is that of the installed version of `datasets`: what the published class gives with it, row for row. The
 library's shuffle was another one when the published runs were made.
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing import resource_tracker
@@ -265,6 +268,17 @@ class _Rows(IterableDataset):
 
 
 def _begin(_: int) -> None:
-    """Let the second SIGTERM end a worker: the first may be the launcher's, torch sends one to a worker that hangs."""
+    """Let the second SIGTERM end a worker, and the end of the training process, however it ended.
+
+    The first SIGTERM may be the launcher's, to all processes; torch sends one to a worker that hangs.
+    """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -153,7 +153,15 @@ class Source:
 
         So does a mirror that holds another part of the same files.
         """
-        facts = {key: value for key, value in self.description.items() if key not in RECORD_ONLY}
+        return self._digest(RECORD_ONLY)
+
+    @property
+    def former_identity(self) -> str:
+        """That of the same source with on_error="stop": a run that damage has stopped may go on by leaving it out."""
+        return self._digest((*RECORD_ONLY, "on_error"))
+
+    def _digest(self, left_out: Sequence[str]) -> str:
+        facts = {key: value for key, value in self.description.items() if key not in left_out}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -32,11 +32,12 @@ class SentencePieceTokenizer:
         self._model = path.read_bytes()
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except RuntimeError as error:
+            pieces = [self._pieces.id_to_piece(i) for i in range(self._pieces.get_piece_size())]
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second: damaged inside a piece
             raise UserError(f"{path} is not a SentencePiece model: give the tokenizer's .model file.") from error
         self.name = name
         self.threads = THREADS
-        self.vocab_size: int = self._pieces.get_piece_size()
+        self.vocab_size = len(pieces)
         self.pad_id: int = self._pieces.pad_id()
         self.eos_id: int = self._pieces.eos_id()
         if self.eos_id < 0:
@@ -45,7 +46,7 @@ class SentencePieceTokenizer:
             self.pad_id = self.eos_id
         self.fingerprint = hashlib.sha256(self._model).hexdigest()
         # Where no piece reaches over a space, the tokens of a beginning are the beginning of the tokens.
-        self._separable = not any("▁" in self._pieces.id_to_piece(i)[1:] for i in range(self.vocab_size))
+        self._separable = not any("▁" in piece[1:] for piece in pieces)
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """Token ids of each text, without special tokens; with `limit`, the first `limit` of them.
@@ -163,17 +164,21 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:  # a folder, or a copy in the local cache: neither asks the network
-        return HubTokenizer(AutoTokenizer.from_pretrained(name, local_files_only=True), name)
+        return HubTokenizer(AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False), name)
     except UserError:
         raise
     except Exception as error:  # transformers lets many kinds through: OSError, ValueError, those of its HTTP client
         if path.is_dir():
-            raise UserError(f"The folder {name} holds no tokenizer that transformers can load: {error}") from error
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise UserError(
+                f"The folder {name} holds no tokenizer that transformers can load ({type(error).__name__}: {reason}): give "
+                "one that save_pretrained wrote, or a .model file."
+            ) from error
     try:
         import huggingface_hub
 
         huggingface_hub.HfApi().model_info(name, timeout=10.0)  # transformers would retry for a minute
-        return HubTokenizer(AutoTokenizer.from_pretrained(name), name)
+        return HubTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
     except UserError:
         raise
     except Exception as error:

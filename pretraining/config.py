@@ -224,6 +224,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.retries": _whole(0),
     "data.timeout": _number(0, open_low=True),
     "data.published_workers": _whole(1),
+    "data.published_batch": _or(None, _whole(1)),
     "eval.ngrams": _FLAG,
     "trainer.sample_tokens": _whole(0),
     "eval.batch_size": _whole(1),

@@ -116,7 +116,7 @@ class RunLock:
             if alive or (first is not None and (text, touched) != first):
                 raise UserError(
                     f"{self.run_dir} is being written by process {holder.get('pid')} on {holder.get('host')}: wait for "
-                    "it or stop it, or choose another run_dir"
+                    "it or stop it, or choose another folder"
                 )
             first = (text, touched)
             if not told:

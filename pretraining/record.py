@@ -26,6 +26,7 @@ INDIFFERENT = (
     "paths",
     "experiment_name",
     "tracker",
+    "data.on_error",  # a run that damage has stopped may go on by leaving it out; the loader refuses the other way
     "data.path",  # a mirror may move; the loader compares what it holds
     "data.retries",
     "data.timeout",

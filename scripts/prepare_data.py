@@ -417,7 +417,7 @@ def _run(work: Work, plan: dict[str, Any], request: Request, jobs: int) -> dict[
                     splits[split].add(entries[0])
                 else:
                     cut = entries
-            if ended and not sure:
+            if not sure and all(shards.done for shards in splits.values()):
                 sure = _check_space(work, splits)
     seconds, written = time.perf_counter() - began, sum(shards.written for shards in splits.values())
     if written:

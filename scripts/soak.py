@@ -137,6 +137,8 @@ class ForkServer:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         self._process.wait(PATIENCE)
+        for pid in _marked(self.mark):
+            os.kill(pid, signal.SIGKILL)
         self._process.stdout.close()
 
     def start(self, words: Sequence[str], log: Path, **variables: str) -> Forked:
@@ -198,7 +200,7 @@ class ForkServer:
         Only where there is a /proc.
         """
         limit = time.monotonic() + 10
-        while found := [pid for pid in _marked(f"{MARK}={self.mark}".encode()) if pid != self._process.pid]:
+        while found := [pid for pid in _marked(self.mark) if pid != self._process.pid]:
             if time.monotonic() > limit:
                 return found
             time.sleep(0.01)
@@ -227,8 +229,8 @@ class Forked:
         self.server.tell("signal", self.pid, int(sig))
 
 
-def _marked(text: bytes) -> list[int]:
-    found = []
+def _marked(mark: str) -> list[int]:
+    text, found = f"{MARK}={mark}".encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if text in (process / "environ").read_bytes():
@@ -394,9 +396,9 @@ def moments(rng: random.Random, watch: Watch, startup: float) -> tuple[dict[str,
         kind, step = watch.last()
         return watch.started() and kind == "train" and step % EVAL_EVERY == 0
 
-    def summing() -> bool:
+    def writing(pattern: str) -> bool:
         partial = watch.partial() if watch.saves() >= saves else None
-        return partial is not None and (partial / "SHA256SUMS").exists()
+        return partial is not None and any(partial.glob(pattern))
 
     before: dict[str, Moment] = {
         "while it starts": (lambda: True, 0.7 * startup),
@@ -404,7 +406,8 @@ def moments(rng: random.Random, watch: Watch, startup: float) -> tuple[dict[str,
         "after some steps": (lambda: watch.started() and watch.last()[1] >= watch.resumes + steps, 0.005),
         "when a checkpoint is begun": (lambda: watch.saves() >= saves, 0.005),
         "while a checkpoint is written": (lambda: watch.saves() >= saves, 0.04),
-        "while its sums are written": (summing, 0.002),
+        "while its tensors are written": (lambda: writing("*.safetensors"), 0.01),
+        "while its sums are written": (lambda: writing("SHA256SUMS"), 0.001),
         "when a checkpoint is in place": (lambda: max(watch.saved(), default=0) > watch.resumes, 0.002),
         "while evaluating": (evaluating, 0.02),
         "while the sample is written": (lambda: watch.started() and watch.last()[0] == "eval", 0.05),

@@ -75,6 +75,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pauses: list[float]) ->
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(data.hub, "BLOCK", 1000)
     yield server
     server.close()
@@ -427,6 +428,7 @@ class Stream:
 def stream(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> Callable[..., Stream]:
     import datasets
     import huggingface_hub
+    from huggingface_hub import constants
 
     def make(**options: Any) -> Stream:
         made = Stream(**options)
@@ -439,6 +441,7 @@ def stream(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> Callable[...
             return Info()
 
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
         monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
         return made

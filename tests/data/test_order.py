@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from data import Source, Tokenizer, TrainingBatches, UserError, open_source
 from data.rows import shuffled
+from data.sources import shard_order
 
 from .conftest import Corpus
 
@@ -205,3 +208,36 @@ def test_impossible_settings(train: Source, tokenizer: Tokenizer) -> None:
     ):
         with pytest.raises(UserError, match=message):
             batches(train, tokenizer, **options)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_run_that_damage_has_stopped_goes_on_by_leaving_it_out(
+    corpus: Corpus, tokenizer: Tokenizer, rows: str
+) -> None:
+    config = corpus(150, 150)
+    last = shard_order(2, 42, 0)[-1]
+    shard = Path(config["path"]) / "en" / f"c4-train.{last:05d}-of-00002.json.gz"
+    lines = gzip.decompress(shard.read_bytes()).splitlines(keepends=True)
+    lines[100] = b"not JSON\n"
+    shard.write_bytes(gzip.compress(b"".join(lines)))
+    skipping = {**config, "on_error": "skip"}
+
+    stopped = batches(open_source(config, "train"), tokenizer, rows=rows)
+    found: list[torch.Tensor] = []
+    with stopped, pytest.raises(UserError, match="line 101"):
+        for b in stopped:
+            found.append(torch.stack((b["input_ids"], b["labels"])))
+    assert len(found) > 5
+    more = 10
+    expected = steps(batches(open_source(skipping, "train"), tokenizer, rows=rows), len(found) + more)
+    state = stopped.state_dict()
+    with pytest.raises(UserError, match="line 101"):
+        again = batches(open_source(config, "train"), tokenizer, rows=rows)
+        again.load_state_dict(state)
+        steps(again, more)
+    goes_on = batches(open_source(skipping, "train"), tokenizer, rows=rows)
+    goes_on.load_state_dict(state)
+    assert same(expected, found + steps(goes_on, more))
+    back = batches(open_source(config, "train"), tokenizer, rows=rows)
+    with pytest.raises(UserError, match="does not fit this run: source"):
+        back.load_state_dict(goes_on.state_dict())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,7 +204,10 @@ def test_the_hub_is_asked_as_by_the_published_code(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
+    from huggingface_hub import constants
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     calls: list[Any] = []
     load = datasets.load_dataset
     files = sorted(str(file) for file in (folder / "en").glob("c4-train*"))
@@ -219,8 +224,8 @@ def test_the_hub_is_asked_as_by_the_published_code(
     assert calls[-1] == (("allenai/c4", "en"), {"split": "train", "streaming": True, "revision": commit})
 
 
-SIGNALLED = """
-import os, signal, sys
+RUN = """
+import multiprocessing, os, signal, sys
 from data import load_tokenizer
 from data.published import PublishedBatches
 numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -235,16 +240,33 @@ if __name__ == "__main__":
             os.killpg(0, number)
         for _ in range(40):
             next(batches)
-    print("done")
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_signals_to_all_processes_are_the_trainers(folder: Path, tmp_path: Path) -> None:
+def alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_workers_outlive_signals_but_not_the_training_process(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
-    script.write_text(SIGNALLED)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=60, start_new_session=True,
-    )  # fmt: skip
-    assert done.stdout == "done\n", done.stderr
-    assert done.returncode == 0
+    script.write_text(RUN)
+    output = tmp_path / "output"
+    with open(output, "w") as file:  # not a pipe, which a worker that lives on would keep open
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=file, stderr=subprocess.STDOUT, timeout=60, start_new_session=True,
+        )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, output.read_text()
+    workers = [int(number) for number in output.read_text().split()]
+    assert len(workers) == 2
+    for _ in range(100):
+        if not any(map(alive, workers)):
+            break
+        time.sleep(0.1)
+    assert not any(map(alive, workers))

@@ -57,7 +57,7 @@ def words(run_dir, *more):
 
 def kill_until(one, enough, runs=4):
     while one.runs < runs and not one.problems and not enough():
-        one.run(22)
+        one.run(24)
     assert not one.problems, "\n".join(one.problems)
     assert enough(), one.kills
 

@@ -312,9 +312,19 @@ def _instead(path: Path) -> str:
 def _make_empty(partial: Path) -> None:
     """The folder for a new checkpoint; what crashes have left beside it goes."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    for left in [*partial.parent.glob(f".{PREFIX}*.partial"), *partial.parent.glob(f".{PREFIX}*.old")]:
-        shutil.rmtree(left)
+    _sweep(partial.parent)
     partial.mkdir()
+
+
+def tidy(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Finish what a crash has left undone after the last checkpoint was in place."""
+    _sweep(folder)
+    _prune(folder, keep_last, keep_every)
+
+
+def _sweep(folder: Path) -> None:
+    for left in [*folder.glob(f".{PREFIX}*.partial"), *folder.glob(f".{PREFIX}*.old")]:
+        shutil.rmtree(left)
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

@@ -45,13 +45,14 @@ class RunLock:
     def __enter__(self) -> RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._create():
+            while not self._create(self.path):
                 self._wait_for_a_stale_one()
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror or error}): choose a run_dir (or paths.runs) on a "
                 "filesystem that you can write to"
             ) from error
+        self._sweep()
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
         return self
@@ -65,6 +66,12 @@ class RunLock:
         if self._ours():
             self.path.unlink(missing_ok=True)
 
+    def remove_if_stale(self) -> None:
+        """Take away what a dead process has left, where nobody else is going to."""
+        if self.path.exists():
+            with contextlib.suppress(UserError), self:  # a living one keeps it
+                pass
+
     def check(self) -> None:
         """Raise UserError if the lock was lost."""
         if self.lost:
@@ -73,27 +80,22 @@ class RunLock:
                 "filesystem; nothing more is written here: leave the run to the other one"
             )
 
-    def _create(self) -> bool:
-        """Whether the lock is now ours."""
+    def _create(self, path: Path) -> bool:
+        """Make a file with our name in it, unless it is there; returns whether we did."""
         own = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         own.write_text(self._text)
         try:
-            os.link(own, self.path)
+            os.link(own, path)
             return True
         except FileExistsError:
             return False
         except OSError:  # a filesystem without hard links
-            return self._create_without_link()
+            with contextlib.suppress(FileExistsError), path.open("x") as file:
+                file.write(self._text)
+                return True
+            return False
         finally:
             own.unlink(missing_ok=True)
-
-    def _create_without_link(self) -> bool:
-        try:
-            with self.path.open("x") as file:
-                file.write(self._text)
-            return True
-        except FileExistsError:
-            return False
 
     def _wait_for_a_stale_one(self) -> None:
         """Return when the present lock is gone.
@@ -143,16 +145,32 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _remove(self, text: str) -> None:
-        """Take a stale lock away, unless another process has done so and made its own."""
-        aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
+        """Take a stale lock away, unless another process is doing so or has done so and made its own.
+
+        One process at a time may: otherwise the second would take away the new lock of the first.
+        """
+        turn = self.path.with_name(f"{self.path.name}.takeover")
+        if not self._create(turn):
+            with contextlib.suppress(FileNotFoundError):  # of a process that died within the next four lines
+                probe = self._look()
+                if probe is not None and probe[2] - turn.stat().st_mtime > SILENCE:
+                    turn.unlink()
+            time.sleep(0.05)
             return
-        if aside.read_text() != text:  # a new one: put it back
+        try:
+            if self.path.read_text() == text:
+                self.path.unlink()
+        except FileNotFoundError:
+            pass
+        finally:
+            turn.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove files of ours beside the lock that a kill has left: none of them lives for longer than an instant."""
+        for left in self.path.parent.glob(f"{self.path.name}.*"):
             with contextlib.suppress(OSError):
-                os.link(aside, self.path)
-        aside.unlink(missing_ok=True)
+                if self.path.stat().st_mtime - left.stat().st_mtime > SILENCE:
+                    left.unlink()
 
     def _ours(self) -> bool:
         try:

@@ -113,7 +113,9 @@ class RunRecord:
         ]
         replace_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         if self.samples_file.exists():
-            parts = re.split(r"^(?=--- step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            written = self.samples_file.read_bytes()
+            whole = written[: written.rfind(b"\n") + 1].decode()  # a full disk cuts a line short
+            parts = re.split(r"^(?=--- step \d+$)", whole, flags=re.MULTILINE)
             replace_text(
                 self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= last_eval)
             )

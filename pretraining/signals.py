@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 
 # SIGTERM: a launcher, a preempted job, `kill`. SIGINT: Ctrl-C. SIGUSR1: SLURM's --signal=USR1@120, before the time is up.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. No interpreter, shell or launcher uses it for something else.
 EXIT_CODE = 75
+# A launcher passes on a signal that all processes of the job were sent: the same one twice, within milliseconds.
+ECHO = 1.0  # seconds
 
 
 class Stopped(Exception):
@@ -22,7 +25,8 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While entered, the first of ``STOPPING`` only sets ``received``; a second one ends the process at once.
+    """While entered, the first of ``STOPPING`` only sets ``received``; a second one ends the process at once, unless it is
+    the same again within ``ECHO`` seconds.
 
     Python allows signal handlers in the main thread alone: entered in another one, this does nothing.
 
@@ -32,6 +36,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._when = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -52,9 +57,11 @@ class StopSignals:
         name = signal.Signals(number).name
         # os.write and os._exit: a handler may run in the middle of any other write.
         if self.received is not None:
+            if name == self.received and time.monotonic() < self._when + ECHO:
+                return
             os.write(2, f"\nsecond signal ({name}): leaving at once\n".encode())
             os._exit(128 + number)
-        self.received = name
+        self.received, self._when = name, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
             os.write(2, f"\n{name}: stopping after this step; a second signal leaves at once\n".encode())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
 
 from data.errors import UserError
@@ -20,7 +19,7 @@ def check_folder(run_dir: Path, needed: int, what: str) -> None:
     Raises:
         UserError: the folder cannot be written, or has too little room.
     """
-    probe = run_dir / f".probe-{uuid.uuid4().hex}"
+    probe = run_dir / ".probe"  # the lock is held: one name is enough, and what a crash leaves goes the next time
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 import zlib
 from collections import deque
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -69,6 +71,8 @@ def train(cfg: DictConfig) -> Path | None:
     if cfg.trainer.resume == "auto" and finished.exists():
         cfg.trainer.precision = plan.precision
         RunRecord(run_dir, cfg, write=False)  # another configuration is refused first
+        if main:
+            RunLock(run_dir).remove_if_stale()  # of a process that was killed at its very end
         print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")
         return run_dir
     with StopSignals() as signals, RunLock(run_dir) if main else nullcontext() as lock:
@@ -154,6 +158,8 @@ class Trainer:
             self.ngrams = ngram_perplexities(training, ids, labels, vocab_size=cfg.model.vocab_size)
 
         torch.manual_seed(cfg.seed)
+        random.seed(cfg.seed)  # these two for libraries' optimizers; nothing of ours draws from them
+        np.random.seed(cfg.seed % 2**32)
         self.model = build_model(
             cfg.model,
             device=self.device,
@@ -168,6 +174,7 @@ class Trainer:
 
         self.batches = self._make_batches()
         self.done = self.skipped = 0
+        self.saved = 0  # the step of the newest checkpoint
         self.evaluated = 0  # the step after which the validation loss was last computed
         self.meters = Meters()
         self._resume()
@@ -229,10 +236,12 @@ class Trainer:
         meta = checkpoint.load(path, self.model, self.optimizer, self.record.config["optimizer"])
         self.batches.load_state_dict(meta["data"])
         self.done, self.skipped, self.evaluated = step, meta["skipped"], meta["evaluated"]
+        self.saved = step if path.parent == self.checkpoints else 0
         self.meters = Meters.restore(meta["meters"])
         if self.main:
             print(f"resumed from {path}, after step {step}")
             checkpoint.set_aside_later(self.checkpoints, step)
+            checkpoint.tidy(self.checkpoints, self.cfg.trainer.keep_last, self.cfg.trainer.keep_every)
 
     def _environment(self) -> dict[str, Any]:
         return environment(
@@ -389,7 +398,8 @@ class Trainer:
         if not self.done:
             raise Stopped(f"stopped by {name} before the first step: the same command starts it")
         if self.cfg.trainer.save_every:
-            self._save()
+            if self.saved != self.done:
+                self._save()
             raise Stopped(f"stopped by {name} after step {self.done}, which is saved: the same command continues")
         raise Stopped(f"stopped by {name} after step {self.done}; trainer.save_every=0: nothing is saved")
 
@@ -551,6 +561,7 @@ class Trainer:
         }
         t = self.cfg.trainer
         checkpoint.save(self.checkpoints, self.done, self.model, self.optimizer, meta, t.keep_last, t.keep_every)
+        self.saved = self.done
 
     def _finish(self, result: Evaluation) -> None:
         """summary.json, the final model, and a few lines for the user."""

@@ -82,8 +82,6 @@ VARIANTS = {
 # Figures of time and memory: all that may differ between two runs of one configuration.
 TIMES = {"optimizer_ms", "data_ms", "tokens_per_second", "peak_memory_bytes", "data_share", "mfu"}
 TIMES |= {"training_seconds", "wall_seconds"}
-# Generators that the trainer saves for libraries, but does not seed; nothing of ours draws from them.
-UNSEEDED = {"random/python", "random/numpy", "random/gauss"}
 MARK = "RACS_ALICE_SOAK"  # an environment variable, by which processes that were left behind are found
 PATIENCE = 120.0  # seconds after which a process that should have ended is stuck
 
@@ -432,7 +430,7 @@ def compare(whole: Path, killed: Path) -> list[str]:
     for name in sorted(there & here):
         a, b = whole / name, killed / name
         if name == "metrics.jsonl":
-            pairs = zip_longest(_lines(a), _lines(b))
+            pairs = zip_longest(metrics_lines(a), metrics_lines(b))
             found += [f"{name}: {y} instead of {x}" for x, y in pairs if x != y][:3]
         elif name == "summary.json" or a.name == "state.json":
             x, y = (
@@ -451,7 +449,8 @@ def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())}
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def metrics_lines(file: Path) -> list[dict[str, Any]]:
+    """Without the figures of time."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
@@ -470,7 +469,7 @@ def _different_tensors(a: Path, b: Path) -> list[str]:
         }
 
     x, y = load(a), load(b)
-    return [name for name in sorted((x.keys() | y.keys()) - UNSEEDED) if x.get(name) != y.get(name)]
+    return [name for name in sorted(x.keys() | y.keys()) if x.get(name) != y.get(name)]
 
 
 # Killing ------------------------------------------------------------------------------------------------------------
@@ -521,12 +520,14 @@ class Soak:
             self.restarts += 1
             self.kills.append({"variant": self.variant, "run": self.runs, **fell})
             told()
+            if self.problems:
+                return
         if code != 0:
             self._problem(f"ended with exit code {code}: {self._tail()}")
             return
         for difference in compare(self.whole, run_dir):
             self._problem(difference)
-        self.lines += len(_lines(run_dir / "metrics.jsonl"))
+        self.lines += len(metrics_lines(run_dir / "metrics.jsonl"))
         if not self.problems:
             shutil.rmtree(run_dir)
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,50 @@ SECONDS = 60.0  # what no case may need, on a machine with much else to do
 TABLES = ("data", "stores", "configs", "runs")
 
 # How the second half of a sentence begins, or a rule that says what the value must be.
+WAYS = (
+    *("add", "check", "choose", "convert", "correct", "delete", "fetch", "finish", "free", "give", "install", "keep"),
+    *("leave", "lower", "pass", "prepare", "put", "quote", "raise", "remove", "restore", "resume", "run", "set"),
+    *("start", "train", "update", "use", "write", "or offline", "recipes", "choices"),
+)
 ADVICE = re.compile(
-    r"\bmust be\b|[:;,(.] (and |or |first )?(add|check|choose|convert|correct|delete|fetch|finish|free|give|install|keep|"
-    r"leave|lower|offline|pass|prepare|put|quote|raise|remove|restore|resume|run|set|start|train|update|use|write|"
-    r"each line must|a row needs|did you mean|the settings are|there are|choices|recipes)\b",
+    rf"\bmust be\b|--help lists|is a single value|each line must|there are:|did you mean|"
+    rf"[:;,(.] (and |or |so |first )?({'|'.join(WAYS)})\b",
     re.IGNORECASE,
 )
+
+
+# Cases that fail at present, by what happens.
+KNOWN: dict[str, list[str]] = {
+    "mirror.py makes the names of all files, or cannot": ["folder, a set of 10^11", "folder, a set of 10^5000"],
+    "RecursionError": ["folder, deep manifest", "prepared, deep manifest"],
+    "the message does not say what to do": [
+        "folder, everything is validation",
+        "folder, a path of 10,000 characters",
+    ],
+    "64 documents are tokenised in one call, whatever their size": ["size, a folder of 64 documents of 10 MB, packed"],
+    "waits for a writer for ever": ["prepared, manifest is a pipe"],
+    "reads for ever": ["prepared, documents below zero"],
+    "a default normaliser is used": ["tokenizer, without the normaliser"],
+    "KeyError, TypeError, ValueError or AssertionError": [
+        *("prepared, no splits", "prepared, no training split", "prepared, list of splits", "prepared, no tokenizer"),
+        *("prepared, no fingerprint", "prepared, no longest", "prepared, longest in words", "prepared, no files"),
+        *("prepared, files in words", "prepared, file without a name", "prepared, number as file"),
+        *("prepared, bytes in words", "prepared, shards in words", "prepared, fewer shards than files"),
+        *("prepared, documents in words", "prepared, source is a text", "prepared, SHA-256 is a number"),
+    ],
+    "other rows, without a word": [
+        *("prepared, fewer documents", "prepared, more documents", "prepared, more tokens than bytes"),
+        *("prepared, tokens below zero", "prepared, ends that fall", "prepared, ends beyond the tokens"),
+        *("prepared, ends of 2^64 - 1", "prepared, ends that leave tokens over"),
+        *("prepared, ids outside the vocabulary", "prepared, one id outside the vocabulary"),
+    ],
+}
+
+
+def open_cases(kind: str, names: Iterable[str]) -> list[str]:
+    """Those of a kind that are not known to fail."""
+    known = {name for cases in KNOWN.values() for name in cases}
+    return [name for name in names if f"{kind}, {name}" not in known]
 
 
 class TooSlow(BaseException):
@@ -72,11 +110,11 @@ def refused(call: Callable[[], Any], *names: str) -> str:
 def test_there_are_two_hundred_and_no_two_have_one_name() -> None:
     names: list[str] = []
     for table in TABLES:
-        module = importlib.import_module(f"tests.test_malformed_{table}")
-        cases = module.CASES
-        assert not set(module.KNOWN) - set(cases), f"{table}: KNOWN lists what is no case"
-        names += [f"{table}: {name}" for name in cases if name not in module.KNOWN]
-    assert len(names) == len(set(names)) >= 200
+        names += importlib.import_module(f"tests.test_malformed_{table}").CASES
+    assert len(names) == len(set(names))
+    known = [name for cases in KNOWN.values() for name in cases]
+    assert not set(known) - set(names), "KNOWN lists what is no case"
+    assert len(names) - len(known) >= 200
 
 
 def test_the_helper_notices_what_hangs_and_what_says_too_little() -> None:

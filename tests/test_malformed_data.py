@@ -12,7 +12,7 @@ import os
 import socket
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,7 @@ from data import IGNORE, Source, TrainingBatches, UserError, load_tokenizer, ope
 from data.lines import LONGEST_LINE
 from data.mirror import MANIFEST
 
-from .test_malformed import refused, within
-
-# Cases that fail at present, with what happens.
-KNOWN = {
-    "folder, a set of 10^11": "the names of 10^11 files are made, which takes all memory",
-    "folder, a set of 10^5000": "OverflowError",
-    "folder, deep manifest": "RecursionError",
-    "folder, everything is validation": "the message does not say what to do",
-    "folder, a path of 10,000 characters": "the message does not say what to do",
-    "size, a folder of 64 documents of 10 MB, packed": "64 documents are tokenised in one call, whatever their size",
-}
-
-
-def open_cases(kind: str, table: Iterable[str]) -> list[str]:
-    return [name for name in table if f"{kind}, {name}" not in KNOWN]
-
+from .test_malformed import open_cases, refused, within
 
 TEXTS = [f"document {i}" + " and so on" * (i % 4) for i in range(8)]
 VALIDATION = "c4-validation.00000-of-00001.json.gz"

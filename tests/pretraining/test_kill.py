@@ -129,6 +129,7 @@ SHARD = f"{LAST}/shard-00001-model-00001-of-00001.safetensors"
         (lambda run: (run.parent / ".copy.lock").touch(), ".copy.lock was left beside it"),
         (lambda run: shutil.rmtree(run / "checkpoints/step-0000045"), "step-0000045/state.json is missing"),
     ],
+    ids=lambda part: part if isinstance(part, str) else "",
 )  # fmt: skip
 def test_the_comparison_sees_every_difference(alice, copy, damage, named):
     assert soak.compare(alice.whole, copy) == []
@@ -248,6 +249,8 @@ def test_two_ranks_stop_together_and_go_on(server, alice, tmp_path):
     assert server.start(words(alone, SHORT), tmp_path / "alone.log").wait() == 0
     assert [rank.wait() for rank in start_ranks(server, run, tmp_path / "last.log")] == [0, 0]
     assert soak.compare(whole, run) == []
-    for ours, theirs in zip(soak._lines(alone / "metrics.jsonl"), soak._lines(whole / "metrics.jsonl"), strict=True):
+    for ours, theirs in zip(
+        soak.metrics_lines(alone / "metrics.jsonl"), soak.metrics_lines(whole / "metrics.jsonl"), strict=True
+    ):
         assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

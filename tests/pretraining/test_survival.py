@@ -516,6 +516,106 @@ def test_time_and_waiting_are_counted_over_all_processes(copy):
     assert after["wall_seconds"] > state["wall_seconds"]
 
 
+# What killing a real process has found (scripts/soak.py)
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it."""
+
+
+def killed(cfg):
+    with pytest.raises(Killed):
+        train(cfg)
+
+
+@pytest.mark.parametrize("place", ["before pruning", "in the middle of it"])
+def test_a_crash_after_the_last_save_is_tidied_up(tmp_path, monkeypatch, place):
+    cfg = config(tmp_path / "run", "trainer.save_every=2", "trainer.keep_last=2")
+    with monkeypatch.context() as patch:
+        prune, rmtree = checkpoint._prune, shutil.rmtree
+
+        def stop_before(folder, *more):
+            if (folder / "step-0000008").exists():
+                raise Killed
+            prune(folder, *more)
+
+        def stop_within(path, **more):
+            if Path(path).name == ".step-0000004.old" and not more:
+                raise Killed
+            rmtree(path, **more)
+
+        if place == "before pruning":
+            patch.setattr(checkpoint, "_prune", stop_before)
+        else:
+            patch.setattr(checkpoint.shutil, "rmtree", stop_within)
+        killed(cfg)
+    train(cfg)
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-0000006", "step-0000008"]
+
+
+def test_a_signal_during_a_save_does_not_put_the_checkpoint_at_risk_again(tmp_path, monkeypatch):
+    """Written again under its own name it would first have to go: with keep_last=1 there is no other."""
+    cfg, saved, save = config(tmp_path / "run", "trainer.save_every=2", "trainer.keep_last=1"), [], checkpoint.save
+
+    def save_and_be_told(folder, step, *more):
+        if step == 4 and step not in saved:
+            os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(step)
+        return save(folder, step, *more)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_be_told)
+    with pytest.raises(Stopped, match="after step 4, which is saved"):
+        train(cfg)
+    assert saved == [2, 4]
+
+
+def test_the_lock_of_a_process_that_was_killed_at_its_very_end_goes(copy):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    file = copy.parent / f".{copy.name}.lock"
+    file.write_text(json.dumps({**lock._ourselves(), "pid": child.pid}))
+    train(config(copy, "trainer.save_every=2", "trainer.keep_last=9"))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("cut", [b"--- ste", "--- step 8\nTh\u00e9".encode()[:-1]])
+def test_samples_that_a_full_disk_has_cut_are_written_again(copy, cut):
+    file = copy / "samples.txt"
+    whole = file.read_bytes()
+    shutil.rmtree(copy / "checkpoints/step-0000008")
+    (copy / "summary.json").unlink()
+    file.write_bytes(whole[: whole.index(b"--- step 8")] + cut)
+    train(config(copy, "trainer.save_every=2", "trainer.keep_last=9"))
+    assert file.read_bytes() == whole
+
+
+def test_a_launchers_echo_of_a_signal_is_not_a_second_one(monkeypatch):
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what SLURM has sent to all
+        assert signals.received == "SIGTERM"
+
+
+def test_the_seed_reaches_pythons_and_numpys_generators(tmp_path):
+    drawn = []
+    for other in (1, 2):
+        random.seed(other)
+        np.random.seed(other)
+        cfg = config(tmp_path / str(other))
+        Trainer(cfg, make_plan(cfg)).batches.close()
+        drawn.append((random.random(), np.random.rand()))
+    assert drawn[0] == drawn[1]
+
+
+def test_what_a_killed_process_left_beside_its_lock_goes(tmp_path):
+    old, new = tmp_path / f".run.lock.{'0' * 32}", tmp_path / f".run.lock.{'1' * 32}"
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    with RunLock(tmp_path / "run"):
+        assert not old.exists() and new.exists()  # the new one may be in use at this instant
+
+
 # Two runs in one folder
 
 

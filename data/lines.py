@@ -1,4 +1,4 @@
-"""From the bytes of a file to its lines and texts: gzip, JSON lines, and what can be wrong with them.
+"""From the bytes of a file to its content: gzip, lines, texts, JSON, and what can be wrong with them.
 
 Everything before a damaged place is delivered, whatever the size of the chunks that the bytes come in, so that
 documents get the same numbers from a local file as from the Hub.
@@ -6,12 +6,15 @@ documents get the same numbers from a local file as from the Hub.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -34,15 +37,21 @@ def file_size(path: Path) -> int:
     return status.st_size
 
 
+def open_regular(path: Path) -> io.FileIO:
+    """A regular file, open for reading. Raises `OSError`, also for anything else: nothing is waited for."""
+    # Not blocking: opening a pipe that nobody writes to would never return.
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
 def file_chunks(path: Path, size: int) -> Iterator[bytes]:
     """The bytes of a local file that had `size` bytes when it was listed. Raises `UserError`."""
     done = 0
     try:
-        # Not blocking: opening a pipe that nobody writes to would never return.
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(number, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
-                raise UserError(f"{path} is not a regular file: put the file back.")
+        with open_regular(path) as file:
             while chunk := file.read(CHUNK):
                 done += len(chunk)
                 yield chunk
@@ -151,3 +160,38 @@ def encodable(text: str) -> str:
         half = text[error.start].encode("unicode_escape").decode()
         raise Damage(f"half of a surrogate pair ({half}), which is no character; correct the file.") from error
     return text
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `OSError`, also for what is no regular file, and `ValueError`."""
+    with open_regular(path) as file:
+        content = file.readall()
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str | None:
+    """Which part of JSON content has another shape, such as "files.0.size"; None where all is as it should be.
+
+    A shape is a type (int: of 0 or more, and below 2^63), `object` for anything, None, a tuple of possible shapes, a
+    list for a list of such values, or a dict for an object with at least these keys.
+    """
+    parts: list[tuple[str, Any, Any]] = []
+    if isinstance(shape, tuple):
+        fits = any(misfit(value, one) is None for one in shape)
+    elif isinstance(shape, list | dict):
+        fits = type(value) is type(shape)
+        if fits and isinstance(shape, list):
+            parts = [(str(i), part, shape[0]) for i, part in enumerate(value)]
+        elif fits:
+            parts = [(key, value.get(key, ...), one) for key, one in shape.items()]
+    elif shape is int:
+        fits = type(value) is int and 0 <= value < 1 << 63
+    else:
+        fits = value is not ... and (shape is object or value is shape or type(value) is shape)
+    if not fits:
+        return name
+    found = (misfit(part, one, f"{name}.{key}".lstrip(".")) for key, part, one in parts)
+    return next((part for part in found if part is not None), None)

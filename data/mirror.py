@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .lines import file_size
+from .lines import file_size, read_json
 
 MANIFEST = "manifest.json"
 KIND, FORMAT = "mirror", 1
 COMMAND = "scripts/fetch_c4.py"
+MOST_FILES = 10**6  # of a set; names may claim any number
 NUMBERED = re.compile(r"(?P<head>.*\.)(?P<number>\d+)-of-(?P<count>\d+)(?P<tail>\.json\.gz)")
 
 
@@ -100,6 +101,11 @@ def _whole_set(found: list[Path]) -> list[Path]:
     count = counts.pop()
     if len(found) == count:
         return found
+    if count > MOST_FILES:
+        raise UserError(
+            f"{found[0]} is named as one of more than {MOST_FILES:,} files, the most that a set may have: correct the name "
+            "or remove the file."
+        )
     first = names[0]
     assert first is not None
     width = len(first["number"])
@@ -114,7 +120,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest in `folder`; None where there is none of ours. Raises `UserError`."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .lines import misfit, open_regular, read_json
 from .sources import Document, Source
 from .tokenizer import Tokenizer
 
@@ -38,6 +39,22 @@ VOCABULARY = 1 << 16  # ids that a uint16 tells apart
 IN_MEMORY = 1 << 20  # bytes; smaller shards are read at once: a mapped file keeps a file descriptor
 DOCUMENTS, CHARACTERS = 512, 1 << 21  # tokenised in one call, whichever comes first
 AGAIN = f"run the same {COMMAND} command again, it does only what is missing"
+
+# What reading relies on, as `misfit` checks it.
+ENTRY = {
+    **dict.fromkeys(("index", "documents", "tokens", "longest", "skipped", "damaged", "bytes"), int),
+    **{"file": str, "sha256": str, "whole": bool},
+}
+SPLIT = {"source": {"split": str}, "identity": str, "shards": int, "documents": int, "skipped": int, "files": [ENTRY]}
+REQUEST = {"steps": (int, None), **dict.fromkeys(("batch_size", "rows", "length", "seed", "shuffle_buffer"), object)}
+CONTENT = {
+    "plan": str,
+    "tokenizer": {"name": str, "fingerprint": str, "vocab_size": int},
+    "max_tokens": (int, None),
+    "splits": {"train": SPLIT, "validation": SPLIT},
+    "validation": (None, dict.fromkeys(("rows", "length", "max_tokens"), object)),
+    "prepared_for": [REQUEST],
+}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -151,14 +168,13 @@ class PreparedSource(Source):
         self._check_size(entry)
         try:
             if entry["index"] not in self._verified:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != entry["sha256"]:
                     raise UserError(
                         f"{path} is damaged: its SHA-256 is {found[:12]}..., not {entry['sha256'][:12]}... as when it was "
                         f"written; delete it and {AGAIN}."
                     )
-                self._verified.add(entry["index"])
             if entry["bytes"] > IN_MEMORY:
                 content = np.asarray(np.memmap(path, np.uint8, "r"))
             else:
@@ -166,7 +182,23 @@ class PreparedSource(Source):
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
         tokens = content[: 2 * entry["tokens"]].view("<u2")
-        return tokens, content[entry["bytes"] - 8 * entry["documents"] :].view("<u8")
+        ends = content[entry["bytes"] - 8 * entry["documents"] :].view("<u8")
+        if entry["index"] not in self._verified:
+            self._check_content(path, tokens, ends)
+            self._verified.add(entry["index"])
+        return tokens, ends
+
+    def _check_content(self, path: Path, tokens: np.ndarray, ends: np.ndarray) -> None:
+        """What no damage, only another writer or an edit can have done, but would give other rows without a word."""
+        total = int(ends[-1]) if len(ends) else 0
+        vocabulary = self._manifest["tokenizer"]["vocab_size"]
+        if (ends[1:] < ends[:-1]).any() or total != len(tokens):
+            what = f"its documents do not end one after another, the last at token {len(tokens):,}"
+        elif (highest := int(tokens.max(initial=0))) >= vocabulary:
+            what = f"it has the token id {highest}, and the vocabulary has {vocabulary:,}"
+        else:
+            return
+        raise UserError(f"{path} is not as {COMMAND} writes it: {what}; delete it and {AGAIN}.")
 
     def _check_size(self, entry: dict[str, Any]) -> None:
         path = self._folder / entry["file"]
@@ -187,12 +219,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises `UserError` where it is missing, of another format or edited."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
+        intact = isinstance(manifest, dict) and manifest.get("digest") == digest(manifest)
     except FileNotFoundError as error:
         if (folder / PLAN).exists():
             raise UserError(f"{path} is missing, the preparation has not ended: {AGAIN}.") from error
         raise UserError(f"{path} is missing: give a folder that {COMMAND} wrote.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {AGAIN}.") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path} is not that of prepared data: give a folder that {COMMAND} wrote.")
@@ -201,9 +234,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {manifest.get('format')}, and this version reads {FORMAT}: use the version that wrote it, or "
             "prepare another folder."
         )
-    if manifest.get("digest") != digest(manifest):
+    if not intact:
         raise UserError(f"{path} was edited or damaged since it was written: {AGAIN}.")
+    if (wrong := _inconsistent(manifest)) is not None:
+        raise UserError(f"{path} was edited, or changed while it was read ({wrong}): {AGAIN}.")
     return manifest
+
+
+def _inconsistent(manifest: dict[str, Any]) -> str | None:
+    """What a manifest whose digest fits cannot say, or None."""
+    part = misfit(manifest, CONTENT)
+    if part is not None:
+        return f"{part} is missing or of another kind"
+    for name, split in manifest["splits"].items():
+        files = split["files"]
+        if len(files) > split["shards"]:
+            return f"the {name} split has {len(files)} files and {split['shards']} shards"
+        after = 0
+        for entry in files:
+            number = entry["file"].removeprefix(f"{name}/").removesuffix(".tokens")
+            if not after <= entry["index"] < split["shards"] or number != f"{entry['index']:05d}":
+                return f"the {name} split does not hold shard {number[:9]!r} as number {entry['index']}"
+            if not _adds_up(entry):
+                return f"the numbers of {entry['file']} do not add up"
+            after = entry["index"] + 1
+    return None
+
+
+def _adds_up(entry: dict[str, Any]) -> bool:
+    """Whether so many tokens and documents take so many bytes."""
+    return entry["bytes"] == -(-2 * entry["tokens"] // 8) * 8 + 8 * entry["documents"]
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -282,12 +342,14 @@ def finished_shard(folder: Path, file: str, plan: str) -> dict[str, Any] | None:
     """The entry of a shard that was written to its end for this plan, or None; its size is checked."""
     path = folder / file
     try:
-        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        found = read_json(path.with_suffix(".json"))
+        if misfit(found, {"plan": str, "entry": ENTRY}) is not None:
+            return None
         entry = found["entry"]
         whole = found["plan"] == plan and entry["file"] == file and path.stat().st_size == entry["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return entry if whole else None
+    return entry if whole and _adds_up(entry) else None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -368,7 +368,10 @@ def _open_text(cfg: Mapping[str, Any], split: str, on_error: str) -> FileSource:
             kept = {file.resolve() for file in validation}
             files = [file for file in files if file.resolve() not in kept]
             if not files:
-                raise UserError("data.validation_path covers all of data.path: nothing is left to train on.")
+                raise UserError(
+                    "data.validation_path covers all of data.path, nothing is left to train on: set it to only some of the "
+                    "files, or leave it out."
+                )
     return FileSource(
         cfg.get("name") or "text", split, files, path,
         text_column=cfg.get("text_column") or "text",
@@ -420,7 +423,9 @@ def _path(cfg: Mapping[str, Any], key: str) -> Path:
         if path.exists():
             return path
     except OSError as error:
-        raise UserError(f"data.{key}={path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(
+            f"data.{key}={path} cannot be read ({error.strerror or error}): give the folder or file to read."
+        ) from error
     raise UserError(f"data.{key}={path} does not exist: give the folder or file to read.")
 
 

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import UserError
 
+from .record import read_bytes
+
 PREFIX = "step-"
 SUMS = "SHA256SUMS"
 STATE = "state.json"
@@ -78,7 +80,7 @@ def save(
 
     def finish() -> None:
         (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
-        _write_sums(partial)
+        write_sums(partial)
         _put_in_place(partial, target)
         _prune(folder, keep_last, keep_every)
 
@@ -120,13 +122,16 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options
         _put_weights(path, tensors, model)
         load_optimizer_state(model, optimizer, tensors, numbers)
         _put_random_states(tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not hold what this version saves ({error!r}){_instead(path)}") from error
     return meta
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, complete: bool = True) -> None:
     """Hold every file of a checkpoint against its SHA256SUMS.
+
+    Args:
+        complete: whether another file is an error too.
 
     Raises:
         UserError: naming the first file that is missing, cut, edited or damaged, and the checkpoint before this one.
@@ -134,6 +139,8 @@ def verify(path: Path) -> None:
     sums = _read_sums(path)
     present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS}
     for name in sorted(sums.keys() | present):
+        if name not in sums and not complete:
+            continue
         if name not in sums:
             raise UserError(f"{path / name} does not belong to this checkpoint{_instead(path)}")
         if name not in present:
@@ -207,12 +214,46 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not (path / STATE).exists():
         raise UserError(f"{path} is not a whole checkpoint (no {STATE} in it){_instead(path)}")
     try:
-        meta = json.loads((path / STATE).read_text())
-        if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
-            raise ValueError("no step in it")
-    except (OSError, ValueError) as error:
+        meta = json.loads(read_bytes(path / STATE))
+        if not isinstance(meta, dict):
+            raise ValueError("not an object")
+        _check_state(meta)
+        if path.name.startswith(PREFIX) and path.name != f"{PREFIX}{meta['step']:07d}":
+            raise ValueError(f"it is of step {meta['step']}")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path / STATE} cannot be read ({error}){_instead(path)}") from error
     return meta
+
+
+def _check_state(meta: dict[str, Any]) -> None:
+    """Raise ValueError for a state.json that `save` cannot have written for the trainer."""
+
+    def whole(x: Any, high: int = 2**53) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= high
+
+    step: Any = meta.get("step")
+    if not whole(step):
+        raise ValueError("no step in it")
+    if not all(isinstance(values, dict) for values in (meta.get("numbers"), *(meta.get("numbers") or {}).values())):
+        raise ValueError("its numbers are of another kind")
+    if "meters" not in meta:  # not of a training run
+        return
+    if not (whole(meta.get("evaluated"), step) and whole(meta.get("skipped"), step)):
+        raise ValueError("evaluated or skipped is no step of this run")
+    data, meters = meta.get("data"), meta["meters"]
+    if not isinstance(data, dict) or data.get("step") != step:
+        raise ValueError("its place in the data is that of another step")
+    try:
+        sums = [
+            *meters["every"].values(),
+            *meters["steady"].values(),
+            meters["wall_seconds"],
+            meters["peak_memory_bytes"],
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its meters are incomplete ({error})") from error
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x >= 0 for x in sums):
+        raise ValueError("its meters are no numbers")
 
 
 def _put_weights(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
@@ -367,22 +408,23 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _write_sums(folder: Path) -> None:
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+def write_sums(folder: Path) -> None:
+    """The digest of every file in a folder, and all of them on the disk."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != SUMS)
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items()))
     for name in [*names, SUMS]:
         _sync(folder / name)
 
 
 def _read_sums(path: Path) -> dict[str, str]:
+    if not (path / SUMS).exists():
+        raise UserError(f"{path} is not a whole checkpoint (no {SUMS} in it){_instead(path)}")
     try:
-        text = (path / SUMS).read_text()
+        text = read_bytes(path / SUMS).decode()
         pairs = [line.split("  ", 1) for line in text.splitlines()]
         if not text.endswith("\n") or any(len(pair) != 2 or len(pair[0]) != 64 for pair in pairs):
             raise ValueError("not lines of a SHA-256 and a name")
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a whole checkpoint (no {SUMS} in it){_instead(path)}") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path / SUMS} cannot be read ({error}){_instead(path)}") from error
     return {name: digest for digest, name in pairs}
 

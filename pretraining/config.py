@@ -30,6 +30,11 @@ from .signals import Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROOTS = ("train", "eval", "generate")
+SECTIONS = {
+    "train": ("trainer", "eval", "tracker", "data", "model", "optimizer", "paths"),
+    "eval": ("eval",),
+    "generate": (),
+}
 SHOWN_GROUPS = ("experiment", "model", "optimizer", "data", "recipe")
 
 # Free text and paths may hold what Hydra's grammar reserves (commas, brackets, equals signs): quoted for the user.
@@ -50,10 +55,34 @@ def compose(overrides: Iterable[str] = (), root: str = "train") -> DictConfig:
     from hydra.errors import HydraException
 
     overrides = list(overrides)
+    _check_overrides(overrides)
     try:
         return _compose(overrides, root)
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, *_OTHERS) as error:
         raise UserError(_explain(error, overrides, root)) from error
+
+
+# What Hydra lets through where an override has an unexpected form
+_OTHERS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse what Hydra takes, but nothing here can work with."""
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if override.startswith("~"):
+            raise UserError(
+                f"{override}: settings cannot be removed; leave it out, or give {override.strip('~')} another value."
+            )
+        if not key.strip():
+            raise UserError(f"Cannot read the argument {override!r}: write settings as key=value.")
+        if key in groups and "," in value:
+            raise UserError(_NO_SWEEP)
+        if key in groups and value not in choices(key) and (key, value) != ("recipe", "none"):
+            raise UserError(_no_choice(key, value))
 
 
 def _compose(overrides: list[str], root: str) -> DictConfig:
@@ -63,6 +92,9 @@ def _compose(overrides: list[str], root: str) -> DictConfig:
         cfg = hydra.compose(root, overrides, return_hydra_config=True)
     chosen = cfg.hydra.runtime.choices.get("recipe")
     cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    for section in SECTIONS[root]:
+        if not OmegaConf.is_dict(cfg.get(section)):
+            raise UserError(f"{section} is a group of settings: set them one by one, as in {section}.NAME=VALUE.")
     # The recipe is optional for Hydra, so that a pair without one composes and can be explained by `validate`; a
     # mistyped `recipe=` would vanish silently the same way.
     if chosen is not None and f"{cfg.optimizer.name}-{cfg.model.name}" != chosen and chosen not in choices("recipe"):
@@ -93,7 +125,10 @@ def _explain(error: Exception, overrides: list[str], root: str) -> str:
     unknown = re.search(r"Could not override '([^']+)'|Could not delete from config\. '([^']+)' does not exist", text)
     if unknown:
         return _no_setting(unknown[1] or unknown[2], overrides, root)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    what = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return (
+        f"Cannot compose the configuration from {' '.join(overrides)}: {what}; correct or leave out what does not fit."
+    )
 
 
 def _no_setting(key: str, overrides: list[str], root: str) -> str:
@@ -133,8 +168,12 @@ def _flat(node: Any, name: str = "") -> list[str]:
 # ---------------------------------------------------------------------------------------------- checking
 
 
-def _whole(low: int) -> tuple[Callable[[Any], bool], str]:
-    return (lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low, f"a whole number of at least {low}")
+def _whole(low: int, high: int = 10**9) -> tuple[Callable[[Any], bool], str]:
+    """`high` is far beyond use: what would take all memory, or for ever, is a slip of the keyboard."""
+    return (
+        lambda x: isinstance(x, int) and not isinstance(x, bool) and low <= x <= high,
+        f"a whole number of at least {low}" + (f" and at most {high:,}" if high != 10**9 else ""),
+    )
 
 
 def _number(
@@ -168,7 +207,15 @@ def _or(other: Any, rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[
 
 _FLAG = (lambda x: isinstance(x, bool), "true or false")
 _TEXT = (lambda x: isinstance(x, str) and bool(x.strip()), "a non-empty text")
-_RATE = _number(0, open_low=True)
+_PATH = (
+    lambda x: (
+        isinstance(x, str) and bool(x.strip()) and "\0" not in x and len(x) < 4096 and max(map(len, x.split("/"))) < 256
+    ),
+    "a path, of parts below 256 characters",
+)
+_LARGEST = 1e30  # of factors: float32 ends at 3e38
+_SEED = _whole(0, 2**63 - 1)
+_RATE = _number(0, _LARGEST, open_low=True)
 
 
 def _betas(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
@@ -186,8 +233,10 @@ _DEVICE = _one_of("auto", "cpu", "cuda")
 # Every key that can be wrong on its own. A rule applies where its key exists, whichever door or method has it; what
 # only makes sense between two keys is in `validate`.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": _whole(0),
-    "run_dir": _TEXT,
+    "seed": _SEED,
+    "run_dir": _PATH,
+    "checkpoint": _PATH,
+    "paths.runs": _PATH,
     "tokenizer": _TEXT,
     "precision": _PRECISION,
     "device": _DEVICE,
@@ -196,8 +245,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _number(0),
     "top_k": _whole(1),
     "trainer.steps": _whole(1),
-    "trainer.batch_size": _whole(1),
-    "trainer.micro_batch_size": _or("auto", _whole(1)),
+    "trainer.batch_size": _whole(1, 2**24),
+    "trainer.micro_batch_size": _or("auto", _whole(1, 2**24)),
     "trainer.precision": _PRECISION,
     "trainer.device": _DEVICE,
     "trainer.warmup_fraction": _number(0, 1),
@@ -213,24 +262,30 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.resume": (lambda x: isinstance(x, str) and bool(x), "auto, never or the path of a checkpoint"),
     "trainer.dry_run": _FLAG,
     "trainer.save_model": _FLAG,
-    "data.length": _whole(2),
+    "data.length": _whole(2, 2**20),
     "data.rows": _one_of("truncate", "pack"),
-    "data.shuffle_buffer": _whole(0),
-    "data.validation_max_tokens": _or(None, _whole(1)),
+    "data.seed": _SEED,
+    "data.shuffle_buffer": _whole(0, 10**8),
+    "data.validation_max_tokens": _or(None, _whole(1, 10**12)),
     "data.protocol": _one_of("exact", "published"),
     "data.attention": _one_of("row", "document"),
     "data.on_error": _one_of("stop", "skip"),
-    "data.workers": _or("auto", _whole(0)),
+    "data.workers": _or("auto", _whole(0, 1024)),
     "data.retries": _whole(0),
     "data.timeout": _number(0, open_low=True),
-    "data.published_workers": _whole(1),
+    "data.published_workers": _whole(1, 1024),
     "data.published_batch": _or(None, _whole(1)),
     "eval.ngrams": _FLAG,
     "trainer.sample_tokens": _whole(0),
+    "trainer.sample_prompt": (lambda x: isinstance(x, str), "a text"),
     "eval.batch_size": _whole(1),
     "eval.galore_rows": _whole(1),
     "tracker.name": _one_of("none", "wandb", "tensorboard"),
     "tracker.mode": _one_of("offline", "online"),
+    "model.rms_norm_eps": _number(0, 1, open_low=True),
+    "model.rope_theta": _number(0, _LARGEST, open_low=True),
+    "model.initializer_range": _number(0, 1e3),
+    "model.tie_word_embeddings": _FLAG,
     "optimizer.lr": _RATE,
     "optimizer.adam_lr": _or(None, _RATE),
     "optimizer.last_layer": _one_of("adam", "candidate"),
@@ -243,9 +298,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number at least 0 (two of them for adafactor)",
     ),
     "optimizer.adam_eps": _number(0),
-    "optimizer.weight_decay": _number(0),
-    "optimizer.scale": _number(0, open_low=True),
-    "optimizer.compensation_scale": _number(0),
+    "optimizer.weight_decay": _number(0, _LARGEST),
+    "optimizer.scale": _number(0, _LARGEST, open_low=True),
+    "optimizer.compensation_scale": _number(0, _LARGEST),
     "optimizer.limiter": _or(None, _number(1)),
     "optimizer.iterations": _whole(1),
     "optimizer.ns_steps": _whole(1),
@@ -263,7 +318,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.update_times": _or(None, _one_of("printed", "zero_based")),
     "optimizer.state_dtype": _or(None, _one_of("bfloat16", "float32", "float64", "8bit")),
     "optimizer.adam_state_dtype": _or(None, _one_of("bfloat16", "float32", "float64")),
-    "optimizer.seed": _whole(0),
+    "optimizer.seed": _SEED,
     "optimizer.adjust_lr_fn": _one_of("original", "match_rms_adamw", "none"),
     "optimizer.bias_correction": _FLAG,
     "optimizer.square": _one_of("rows", "columns"),
@@ -294,9 +349,10 @@ def validate(cfg: DictConfig) -> None:
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"Cannot resolve the configuration: {where}{str(error).strip().splitlines()[0]}.") from error
+    except (OmegaConfBaseException, *_OTHERS) as error:
+        raise UserError(
+            f"Cannot resolve {_unresolved(cfg)} ({str(error).strip().splitlines()[0]}): correct what ${{...}} refers to."
+        ) from error
     if missing:
         raise UserError(
             f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value: add "
@@ -316,6 +372,18 @@ def validate(cfg: DictConfig) -> None:
 
         check_model(cfg.model)
         _check_rank(cfg)
+        if OmegaConf.is_list(cfg.optimizer.get("eps")) and cfg.optimizer.name != "adafactor":
+            raise UserError(f"optimizer.eps must be one number for optimizer={cfg.optimizer.name}.")
+
+
+def _unresolved(cfg: DictConfig) -> str:
+    """The first setting whose interpolations cannot be filled in."""
+    for key in _flat(OmegaConf.to_container(cfg)):
+        try:
+            OmegaConf.select(cfg, key)
+        except (OmegaConfBaseException, *_OTHERS):
+            return key
+    return "the configuration"
 
 
 def _check_recipe(cfg: DictConfig) -> None:
@@ -450,7 +518,7 @@ def quoted(override: str) -> str:
     if (
         not equals
         or plain
-        or not (key in TEXT_KEYS or (key in PATH_KEYS and re.search(r"[\s=,()\[\]{}'\"#&;]", value)))
+        or not (key in TEXT_KEYS or (key in PATH_KEYS and re.search(r"[^\w/.+%@?*|:$-]", value, re.ASCII)))
     ):
         return override
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # a quote, and any backslashes just before it

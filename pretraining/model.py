@@ -16,22 +16,22 @@ from data.errors import UserError
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
+SIZES = {  # with the largest that is not a slip of the keyboard
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**14,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**24,
+}
 
 
 def check_model(cfg: Mapping[str, Any]) -> None:
     """Refuse shapes that cannot be a LLaMA, naming the key that is wrong."""
-    for key in SIZES:
+    for key, largest in SIZES.items():
         value = cfg.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"model.{key} must be a whole number of at least 1, not {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            raise UserError(f"model.{key} must be a whole number of at least 1 and at most {largest:,}, not {value!r}.")
     hidden, heads = cfg["hidden_size"], cfg["num_attention_heads"]
     if hidden % heads:
         raise UserError(f"model.hidden_size ({hidden}) must be a multiple of model.num_attention_heads ({heads}).")

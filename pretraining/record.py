@@ -1,5 +1,6 @@
 """The run record: the only thing that leaves the trainer."""
 
+import errno
 import json
 import os
 import platform
@@ -14,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data.errors import UserError
 
@@ -70,13 +70,7 @@ class RunRecord:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        try:
-            there = _comparable(OmegaConf.to_container(OmegaConf.load(file)))
-        except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException) as error:
-            raise UserError(
-                f"{file} is not the configuration of a run ({type(error).__name__}): restore it, choose another run_dir, or "
-                "train anew with trainer.resume=never, which keeps the folder under another name"
-            ) from error
+        there = _comparable(read_config(file))
         differences = _differences(there, _comparable(self.config))
         if differences:
             raise UserError(
@@ -101,7 +95,10 @@ class RunRecord:
         file = self.path / "environment.json"
         if step and file.exists():
             first = read_json(file)
-            resumed = [part for part in first.get("resumed", []) if part["step"] < step]
+            try:
+                resumed = [part for part in first.get("resumed", []) if part["step"] < step]
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{file} cannot be read ({error!r} in resumed): restore or remove it") from error
             environment = {**first, "resumed": [*resumed, {"step": step, **environment}]}
         write_json(file, environment)
         (self.path / "summary.json").unlink(missing_ok=True)
@@ -113,12 +110,11 @@ class RunRecord:
         ]
         replace_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         if self.samples_file.exists():
-            written = self.samples_file.read_bytes()
-            whole = written[: written.rfind(b"\n") + 1].decode()  # a full disk cuts a line short
-            parts = re.split(r"^(?=--- step \d+$)", whole, flags=re.MULTILINE)
-            replace_text(
-                self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= last_eval)
-            )
+            written = read_bytes(self.samples_file)
+            whole = written[: written.rfind(b"\n") + 1].decode(errors="replace")  # a full disk cuts a line short
+            parts = re.findall(r"^--- step (\d{1,18})$(.*?)(?=^--- step \d|\Z)", whole, flags=re.MULTILINE | re.DOTALL)
+            kept = (f"--- step {number}{text}" for number, text in parts if int(number) <= last_eval)
+            replace_text(self.samples_file, "".join(kept))
 
     @property
     def metrics_file(self) -> Path:
@@ -164,6 +160,20 @@ class RunRecord:
             ) from error
 
 
+def read_bytes(file: Path) -> bytes:
+    """The content of a regular file: opening a pipe that nobody writes to would never return.
+
+    Raises:
+        UserError: it is none, or cannot be read.
+    """
+    try:
+        if not file.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}): restore or remove it") from error
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; a last one cut short by a crash is dropped.
 
@@ -172,7 +182,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """
     if not file.exists():
         return []
-    lines = file.read_bytes().splitlines(keepends=True)
+    lines = read_bytes(file).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     found = []
@@ -181,7 +191,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             if not isinstance(line["step"], int) or not isinstance(line["kind"], str):
                 raise ValueError("step or kind has another type")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{file}, line {number}: not a line of a run record ({type(error).__name__}); restore the file, or "
                 "remove it and the checkpoints beside it to start anew"
@@ -193,12 +203,35 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def read_json(file: Path) -> dict[str, Any]:
     """Raises UserError where the file does not hold one JSON object."""
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(read_bytes(file))
         if not isinstance(values, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): restore or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {error}): restore or remove it") from error
     return values
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's config.yaml, as plain values.
+
+    Raises:
+        UserError: it is not what `RunRecord` writes.
+    """
+    try:
+        text = read_bytes(file).decode()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, which could unfold without end")
+        values = OmegaConf.to_container(OmegaConf.create(text))
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or not values:
+            raise ValueError("not a group of settings")
+    except UserError:
+        raise
+    except Exception as error:  # of two parsers, one in the other
+        raise UserError(
+            f"{file} is not the configuration of a run ({type(error).__name__}): restore it, choose another run_dir, or "
+            "train anew with trainer.resume=never, which keeps the folder under another name"
+        ) from error
+    return values  # type: ignore[return-value]
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data import load_tokenizer, open_source, validation_rows
 from data.errors import UserError
 
 from . import checkpoint
+from .config import RULES
 from .evaluation import Evaluation, evaluate
 from .model import build_model
 from .plan import choose_device, choose_precision, weight_dtype
+from .record import read_config, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,9 +50,27 @@ def open_saved(cfg: DictConfig) -> Saved:
     """
     path = Path(cfg.checkpoint)
     run_dir = _run_folder(path)
-    run: DictConfig = OmegaConf.load(run_dir / "config.yaml")  # type: ignore[assignment]
+    run: DictConfig = OmegaConf.create(read_config(run_dir / "config.yaml"))
+    try:
+        return _open(cfg, path, run_dir, run)
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{run_dir / 'config.yaml'} is not the configuration of a run ({str(error).splitlines()[0]}): restore it"
+        ) from error
+
+
+def _open(cfg: DictConfig, path: Path, run_dir: Path, run: DictConfig) -> Saved:
     device = choose_device(cfg.device)
-    precision = choose_precision(cfg.precision or run.trainer.precision, device)
+    precision = cfg.precision or run.trainer.precision
+    holds, words = RULES["precision"]
+    if not holds(precision):
+        raise UserError(f"{run_dir / 'config.yaml'}: trainer.precision must be {words}, not {precision!r}: restore it")
+    precision = choose_precision(precision, device)
+    for key in ("data.length", "data.rows", "data.validation_max_tokens", "eval.batch_size", "eval.galore_rows"):
+        holds, words = RULES[key]
+        value = OmegaConf.select(run, key, default=MISSING)
+        if value is MISSING or not holds(value):
+            raise UserError(f"{run_dir / 'config.yaml'}: {key} must be {words}: restore the file")
 
     tokenizer = load_tokenizer(cfg.tokenizer or run.tokenizer)
     if (path / checkpoint.STATE).exists() or path.name.startswith(checkpoint.PREFIX):
@@ -62,11 +83,7 @@ def open_saved(cfg: DictConfig) -> Saved:
                 f"{run_dir} has no final model: pass one of its checkpoints ({run_dir / 'checkpoints'}/step-...), "
                 "or finish the run"
             )
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # of a file that loads in no time
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(precision))
+        model = open_model(folder, weight_dtype(precision))
         model.to(device)  # type: ignore[arg-type]
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -74,6 +91,40 @@ def open_saved(cfg: DictConfig) -> Saved:
             " leave tokenizer out to use the run's own"
         )
     return Saved(run, model.eval(), tokenizer, precision)
+
+
+def open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """An exported model. Where it has checksums, its files are held against them.
+
+    Raises:
+        UserError: it is damaged, incomplete, or no LLaMA in safetensors.
+    """
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    if (folder / checkpoint.SUMS).exists():
+        checkpoint.verify(folder, complete=False)
+    logging.disable_progress_bar()  # of a file that loads in no time
+    try:
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != "llama":
+            raise ValueError(f"model_type is {config.get('model_type')!r}, not llama")
+        loaded: Any = LlamaForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        model, found = loaded
+        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise ValueError(f"the weights do not fit the model, such as {wrong[0]}")
+    except UserError:
+        raise
+    except Exception as error:  # the library lets many kinds through
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"{folder} does not hold a model that can be opened ({type(error).__name__}: {lines[0][:200]}): pass one of the "
+            "run's checkpoints, or finish the run again"
+        ) from error
+    return model
 
 
 def evaluate_saved(cfg: DictConfig) -> Evaluation:
@@ -98,8 +149,9 @@ def evaluate_saved(cfg: DictConfig) -> Evaluation:
 def _run_folder(path: Path) -> Path:
     """The folder with config.yaml that ``path`` is, or lies in."""
     for folder in (path, path.parent, path.parent.parent):
-        if (folder / "config.yaml").exists():
-            return folder
+        with suppress(OSError):
+            if (folder / "config.yaml").exists():
+                return folder
     raise UserError(
         f"{path} is not a run folder, nor part of one (no config.yaml there): pass checkpoint=runs/.../NAME"
     )

@@ -573,6 +573,7 @@ class Trainer:
         if self.main and self.cfg.trainer.save_model:
             try:
                 save_model(self.model, self.tokenizer, self.record.path / "model")
+                checkpoint.write_sums(self.record.path / "model")
             except OSError as error:
                 raise UserError(
                     f"the final model cannot be written to {self.record.path} ({error.strerror or error}): free some space "

@@ -297,6 +297,7 @@ def configurations() -> list[DictConfig]:
             cfg = base().copy()
             cfg[group] = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
             cfg.recipe = "none"
+            cfg.optimizer.update({key: 4 for key in ("rank", "leading") if key in cfg.optimizer})
             for key in OmegaConf.missing_keys(cfg):
                 OmegaConf.update(cfg, key, 1.0 if key.endswith("lr") else "x")
             found.append(cfg)

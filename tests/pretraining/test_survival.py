@@ -391,7 +391,7 @@ def test_a_crash_while_saving_leaves_the_previous_one_and_nothing_else_in_the_wa
     class Crash(BaseException):
         pass
 
-    points = ["_make_empty", "_write_sums", "_put_in_place", "_prune", "_sync"]
+    points = ["_make_empty", "write_sums", "_put_in_place", "_prune", "_sync"]
     for point in points:
         shutil.rmtree(copy)
         shutil.copytree(run, copy)
@@ -400,7 +400,7 @@ def test_a_crash_while_saving_leaves_the_previous_one_and_nothing_else_in_the_wa
             original = getattr(checkpoint, point)
 
             def crash(*arguments, original=original, point=point):
-                if point in ("_write_sums", "_sync"):
+                if point in ("write_sums", "_sync"):
                     original(*arguments)
                 raise Crash
 

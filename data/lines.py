@@ -43,7 +43,7 @@ def open_regular(path: Path) -> io.FileIO:
     file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return file
 
 
@@ -181,12 +181,12 @@ def misfit(value: Any, shape: Any, name: str = "") -> str | None:
     parts: list[tuple[str, Any, Any]] = []
     if isinstance(shape, tuple):
         fits = any(misfit(value, one) is None for one in shape)
-    elif isinstance(shape, list | dict):
-        fits = type(value) is type(shape)
-        if fits and isinstance(shape, list):
-            parts = [(str(i), part, shape[0]) for i, part in enumerate(value)]
-        elif fits:
-            parts = [(key, value.get(key, ...), one) for key, one in shape.items()]
+    elif isinstance(shape, list):
+        fits = isinstance(value, list)
+        parts = [(str(i), part, shape[0]) for i, part in enumerate(value)] if fits else []
+    elif isinstance(shape, dict):
+        fits = isinstance(value, dict)
+        parts = [(key, value.get(key, ...), one) for key, one in shape.items()] if fits else []
     elif shape is int:
         fits = type(value) is int and 0 <= value < 1 << 63
     else:

@@ -16,12 +16,14 @@ from typing import Any
 
 from .ahead import Ahead
 from .errors import UserError
+from .lines import misfit
 from .producer import Producer
 from .rows import check_rows
 from .sources import Source
 from .steps import Batch, Plan, Position, Step, batch, steps
 from .tokenizer import Tokenizer
 
+STATE = {"step": int, "epoch": int, "position": (None, [int]), "shard_lengths": dict, "damaged": dict, "contract": dict}
 PATIENCE = 60.0  # seconds without a step after which, and every so often, a line says so
 
 
@@ -83,6 +85,7 @@ class TrainingBatches:
         self._label = source.label + (f" (rank {rank})" if world_size > 1 else "")
         self._position: Position | None = None if start_step else Position(0, 0)
         self._lengths: dict[int, int] = {}
+        self._damaged: dict[int, int] = {}
         self._steps: Iterator[tuple[Step, Batch]] | None = None
         self._stop: weakref.finalize | None = None
         self._error: BaseException | None = None
@@ -112,7 +115,7 @@ class TrainingBatches:
         self.step += 1
         self.epoch = step.epoch
         self._position = step.following
-        self._lengths = step.counts.lengths
+        self._lengths, self._damaged = step.counts.lengths, step.counts.damaged
         if self.workers:
             step.counts.add_to(self.plan.source)
         return tensors
@@ -164,11 +167,19 @@ class TrainingBatches:
             "epoch": self.epoch,
             "position": None if position is None else [position.epoch, position.document, position.offset],
             "shard_lengths": {str(shard): count for shard, count in sorted(self._lengths.items())},
+            "damaged": {str(shard): count for shard, count in sorted(self._damaged.items())},
             "contract": self._contract(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. The number of ranks may differ; anything that orders rows may not."""
+        """Go on where `state` was taken. The number of ranks may differ; anything that orders rows may not.
+
+        Raises `UserError`; nothing has been changed then.
+        """
+        if isinstance(state, dict):
+            state = {"damaged": {}, **state}  # older states do not have it
+        if (part := misfit(state, STATE)) is not None:
+            raise _damaged_state(f"{part or 'the whole of it'} is missing or of another kind")
         theirs, ours = {"attention": "row", **state["contract"]}, self._contract()  # older states know no other
         if theirs.get("source") == self.plan.source.former_identity:
             theirs["source"] = ours["source"]
@@ -179,13 +190,44 @@ class TrainingBatches:
                 f"The saved place in the data does not fit this run: {changes}; restore the old settings or start a new "
                 "run."
             )
+        source = self.plan.source
+        lengths, damaged = (_by_shard(state, key, source.shards) for key in ("shard_lengths", "damaged"))
+        position = self._checked_position(state, {**source.lengths, **lengths})
         self._halt()
         self._error = None
-        self.step = int(state["step"])
-        self.epoch = int(state["epoch"])
-        self._position = None if state["position"] is None else Position(*map(int, state["position"]))
-        self._lengths = {int(shard): int(count) for shard, count in state["shard_lengths"].items()}
-        self.plan.source.lengths.update(self._lengths)
+        self.step, self.epoch, self._position = state["step"], state["epoch"], position
+        self._lengths, self._damaged = lengths, damaged
+        source.lengths.update(lengths)
+        for shard, count in damaged.items():
+            source.damaged[shard] = max(count, source.damaged.get(shard, 0))
+
+    def _checked_position(self, state: dict[str, Any], lengths: dict[int, int]) -> Position | None:
+        """The position of a state, with the lengths of shards after it. Raises `UserError` where it cannot be.
+
+        With rows="truncate" a step takes its number of documents, with rows="pack" its number of tokens, of which every
+        document has at least one.
+        """
+        source, plan = self.plan.source, self.plan
+        if any(lengths[shard] != count for shard, count in source.lengths.items()):
+            raise _damaged_state("shard_lengths are not those of the source")
+        if state["position"] is None:
+            return None
+        if len(state["position"]) != 3:
+            raise _damaged_state("position must be three numbers")
+        position = Position(*state["position"])
+        total = sum(lengths.values()) if len(lengths) == source.shards else None
+        passed = position.epoch * (total or 0) + position.document
+        if plan.rows == "truncate":
+            possible = passed == state["step"] * plan.batch_size and not position.offset
+        else:
+            possible = passed + position.offset <= state["step"] * plan.batch_size * plan.length
+        if total is None:
+            possible = possible and position.epoch == 0
+        elif position.document > total:
+            possible = False
+        if not possible or position.epoch - state["epoch"] not in (0, 1):
+            raise _damaged_state(f"step {state['step']} cannot begin at position {state['position']}")
+        return position
 
     def _contract(self) -> dict[str, Any]:
         """Everything that orders rows."""
@@ -200,6 +242,21 @@ class TrainingBatches:
             "seed": plan.seed,
             "shuffle_buffer": plan.shuffle_buffer,
         }
+
+
+def _by_shard(state: dict[str, Any], key: str, shards: int) -> dict[int, int]:
+    """The counts that a state has under `key`. Raises `UserError`."""
+    numbers = {str(shard): shard for shard in range(shards)}
+    counts: dict[str, Any] = state[key]
+    if not counts.keys() <= numbers.keys() or misfit(list(counts.values()), [int]) is not None:
+        raise _damaged_state(f"{key} must be numbers of 0 or more for some of {shards} shards")
+    return {numbers[shard]: count for shard, count in counts.items()}
+
+
+def _damaged_state(what: str) -> UserError:
+    return UserError(
+        f"The saved place in the data is damaged ({what}): resume from an earlier checkpoint or start a new run."
+    )
 
 
 def _with_batches(plan: Plan, made: Iterator[Step]) -> Generator[tuple[Step, Batch], None, None]:

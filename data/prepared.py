@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -42,8 +43,8 @@ AGAIN = f"run the same {COMMAND} command again, it does only what is missing"
 
 # What reading relies on, as `misfit` checks it.
 ENTRY = {
-    **dict.fromkeys(("index", "documents", "tokens", "longest", "skipped", "damaged", "bytes"), int),
-    **{"file": str, "sha256": str, "whole": bool},
+    **dict.fromkeys(("documents", "tokens", "longest", "skipped", "damaged", "bytes"), int),
+    **{"file": str, "sha256": str, "whole": bool, "index": object},
 }
 SPLIT = {"source": {"split": str}, "identity": str, "shards": int, "documents": int, "skipped": int, "files": [ENTRY]}
 REQUEST = {"steps": (int, None), **dict.fromkeys(("batch_size", "rows", "length", "seed", "shuffle_buffer"), object)}
@@ -65,7 +66,8 @@ class PreparedSource(Source):
 
     Its identity is that of the source it was made from, because the rows are the same. Numbers of documents
     are known from the manifest, so that any place is reached without reading what lies before it. The size
-    of every file is checked at once, the SHA-256 of each before it is used for the first time in a process.
+    of every file is checked at once; the SHA-256 of each, and whether its content can be as it says, before it is used
+    for the first time in a process.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -252,12 +254,15 @@ def _inconsistent(manifest: dict[str, Any]) -> str | None:
             return f"the {name} split has {len(files)} files and {split['shards']} shards"
         after = 0
         for entry in files:
-            number = entry["file"].removeprefix(f"{name}/").removesuffix(".tokens")
-            if not after <= entry["index"] < split["shards"] or number != f"{entry['index']:05d}":
-                return f"the {name} split does not hold shard {number[:9]!r} as number {entry['index']}"
+            number = re.fullmatch(rf"{name}/(\d{{5,9}})\.tokens", entry["file"], re.ASCII)
+            if number is None:
+                return f"the {name} split has a file of another name"
+            shard = int(number[1])
+            if not after <= shard < split["shards"] or entry["index"] != shard:
+                return f"the {name} split does not hold shard {shard} in its place, or not under its number"
             if not _adds_up(entry):
                 return f"the numbers of {entry['file']} do not add up"
-            after = entry["index"] + 1
+            after = shard + 1
     return None
 
 

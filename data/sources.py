@@ -357,7 +357,7 @@ def open_source(cfg: Mapping[str, Any], split: str) -> Source:
 def _open_text(cfg: Mapping[str, Any], split: str, on_error: str) -> FileSource:
     path = _path(cfg, "path")
     files = _text_files(path)
-    holdout: int | None = _holdout(cfg)
+    holdout: int | None = _whole(cfg, "holdout", 50, 2)
     if cfg.get("validation_path"):
         other = _path(cfg, "validation_path")
         validation = _text_files(other)
@@ -375,7 +375,7 @@ def _open_text(cfg: Mapping[str, Any], split: str, on_error: str) -> FileSource:
     return FileSource(
         cfg.get("name") or "text", split, files, path,
         text_column=cfg.get("text_column") or "text",
-        document_characters=int(cfg.get("document_characters") or 2000),
+        document_characters=_whole(cfg, "document_characters", 2000, 1),
         holdout=holdout,
         on_error=on_error,
     )  # fmt: skip
@@ -393,9 +393,9 @@ def _open_hub(cfg: Mapping[str, Any], split: str, on_error: str) -> Source:
     options: dict[str, Any] = {
         "revision": cfg.get("revision"),
         "text_column": cfg.get("text_column") or "text",
-        "holdout": None if own else _holdout(cfg),
+        "holdout": None if own else _whole(cfg, "holdout", 50, 2),
         "on_error": on_error,
-        "retries": 8 if cfg.get("retries") is None else int(cfg["retries"]),
+        "retries": _whole(cfg, "retries", 8, 0),
         "timeout": float(cfg.get("timeout") or 30),
     }
     if by_file:
@@ -403,11 +403,13 @@ def _open_hub(cfg: Mapping[str, Any], split: str, on_error: str) -> Source:
     return HubSource(cfg["name"], split, config=cfg.get("config"), hub_split=part, **options)
 
 
-def _holdout(cfg: Mapping[str, Any]) -> int:
-    holdout = int(cfg.get("holdout") or 50)
-    if holdout < 2:
-        raise UserError(f"data.holdout is {holdout}: one document in N is held out, so N must be at least 2.")
-    return holdout
+def _whole(cfg: Mapping[str, Any], key: str, default: int, least: int) -> int:
+    value = cfg.get(key)
+    if value is None:
+        return default
+    if type(value) is not int or value < least:
+        raise UserError(f"data.{key} is {value!r}: it must be a whole number and at least {least}.")
+    return value
 
 
 def held_out(text: str, holdout: int) -> bool:
@@ -424,7 +426,7 @@ def _path(cfg: Mapping[str, Any], key: str) -> Path:
             return path
     except OSError as error:
         raise UserError(
-            f"data.{key}={path} cannot be read ({error.strerror or error}): give the folder or file to read."
+            f"data.{key}={path} cannot be read: {error.strerror or error}; give the folder or file to read."
         ) from error
     raise UserError(f"data.{key}={path} does not exist: give the folder or file to read.")
 

@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import UserError
 
-from .record import read_bytes
+from .record import read_regular
+from .throughput import Meters
 
 PREFIX = "step-"
 SUMS = "SHA256SUMS"
@@ -67,7 +68,8 @@ def save(
     tensors, numbers = optimizer_state(model, optimizer)
     tensors |= {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= _random_states()
-    state = {"step": step, "numbers": numbers, **meta}
+    kinds = {name: _kind(x.dtype, x.shape) for name, x in sorted(tensors.items()) if not name.startswith("random/cuda")}
+    state = {"step": step, "numbers": numbers, "tensors": kinds, **meta}
     device = next(model.parameters()).device
 
     def write() -> None:
@@ -197,11 +199,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
         saved = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(info.size, dtype=info.properties.dtype)
-            for name, info in saved.items()
-            if isinstance(info, TensorStorageMetadata)
-        }
+        infos = {name: info for name, info in saved.items() if isinstance(info, TensorStorageMetadata)}
+        kinds = {name: _kind(info.properties.dtype, info.size) for name, info in infos.items()}
+        listed: dict[str, str] = meta["tensors"]
+        wrong = sorted(name for name in listed.keys() | kinds.keys() if kinds.get(name) != listed.get(name))
+        wrong = [name for name in wrong if not name.startswith("random/cuda")]  # as many as there were ranks
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {kinds.get(wrong[0])} there, and {listed.get(wrong[0])} in {STATE}")
+        tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in infos.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=reader)
@@ -214,15 +219,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not (path / STATE).exists():
         raise UserError(f"{path} is not a whole checkpoint (no {STATE} in it){_instead(path)}")
     try:
-        meta = json.loads(read_bytes(path / STATE))
+        meta = json.loads(read_regular(path / STATE))
         if not isinstance(meta, dict):
             raise ValueError("not an object")
         _check_state(meta)
         if path.name.startswith(PREFIX) and path.name != f"{PREFIX}{meta['step']:07d}":
             raise ValueError(f"it is of step {meta['step']}")
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path / STATE} cannot be read ({error}){_instead(path)}") from error
     return meta
+
+
+def _kind(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}".rstrip()
 
 
 def _check_state(meta: dict[str, Any]) -> None:
@@ -234,22 +243,22 @@ def _check_state(meta: dict[str, Any]) -> None:
     step: Any = meta.get("step")
     if not whole(step):
         raise ValueError("no step in it")
-    if not all(isinstance(values, dict) for values in (meta.get("numbers"), *(meta.get("numbers") or {}).values())):
+    numbers = meta.get("numbers")
+    if not isinstance(numbers, dict) or not all(isinstance(values, dict) for values in numbers.values()):
         raise ValueError("its numbers are of another kind")
-    if "meters" not in meta:  # not of a training run
+    if not isinstance(meta.get("tensors"), dict):
+        raise ValueError("it has no list of tensors")
+    if meta.keys().isdisjoint(("data", "evaluated", "meters", "skipped")):  # not of a training run
         return
     if not (whole(meta.get("evaluated"), step) and whole(meta.get("skipped"), step)):
         raise ValueError("evaluated or skipped is no step of this run")
-    data, meters = meta.get("data"), meta["meters"]
+    data, meters = meta.get("data"), meta.get("meters")
     if not isinstance(data, dict) or data.get("step") != step:
         raise ValueError("its place in the data is that of another step")
     try:
-        sums = [
-            *meters["every"].values(),
-            *meters["steady"].values(),
-            meters["wall_seconds"],
-            meters["peak_memory_bytes"],
-        ]
+        restored = Meters.restore(meters)  # type: ignore[arg-type]
+        sums = [*vars(restored.every).values(), *vars(restored.steady).values()]
+        sums += [restored.wall_seconds, restored.peak_memory_bytes]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its meters are incomplete ({error})") from error
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and x >= 0 for x in sums):
@@ -420,11 +429,11 @@ def _read_sums(path: Path) -> dict[str, str]:
     if not (path / SUMS).exists():
         raise UserError(f"{path} is not a whole checkpoint (no {SUMS} in it){_instead(path)}")
     try:
-        text = read_bytes(path / SUMS).decode()
+        text = read_regular(path / SUMS).decode()
         pairs = [line.split("  ", 1) for line in text.splitlines()]
         if not text.endswith("\n") or any(len(pair) != 2 or len(pair[0]) != 64 for pair in pairs):
             raise ValueError("not lines of a SHA-256 and a name")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path / SUMS} cannot be read ({error}){_instead(path)}") from error
     return {name: digest for digest, name in pairs}
 

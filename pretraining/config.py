@@ -168,11 +168,11 @@ def _flat(node: Any, name: str = "") -> list[str]:
 # ---------------------------------------------------------------------------------------------- checking
 
 
-def _whole(low: int, high: int = 10**9) -> tuple[Callable[[Any], bool], str]:
+def _whole(low: int, high: int = 10**15) -> tuple[Callable[[Any], bool], str]:
     """`high` is far beyond use: what would take all memory, or for ever, is a slip of the keyboard."""
     return (
         lambda x: isinstance(x, int) and not isinstance(x, bool) and low <= x <= high,
-        f"a whole number of at least {low}" + (f" and at most {high:,}" if high != 10**9 else ""),
+        f"a whole number of at least {low}" + (f" and at most {high:,}" if high != 10**15 else ""),
     )
 
 
@@ -211,10 +211,10 @@ _PATH = (
     lambda x: (
         isinstance(x, str) and bool(x.strip()) and "\0" not in x and len(x) < 4096 and max(map(len, x.split("/"))) < 256
     ),
-    "a path, of parts below 256 characters",
+    "a non-empty text, with fewer than 256 characters between slashes",
 )
 _LARGEST = 1e30  # of factors: float32 ends at 3e38
-_SEED = _whole(0, 2**63 - 1)
+_SEED = (_whole(0, 2**63 - 1)[0], "a whole number of at least 0 and below 2^63")
 _RATE = _number(0, _LARGEST, open_low=True)
 
 
@@ -244,9 +244,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokens": _whole(1),
     "temperature": _number(0),
     "top_k": _whole(1),
-    "trainer.steps": _whole(1),
+    "trainer.steps": _whole(1, 10**9),
     "trainer.batch_size": _whole(1, 2**24),
-    "trainer.micro_batch_size": _or("auto", _whole(1, 2**24)),
+    "trainer.micro_batch_size": _or("auto", _whole(1)),
     "trainer.precision": _PRECISION,
     "trainer.device": _DEVICE,
     "trainer.warmup_fraction": _number(0, 1),
@@ -266,7 +266,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.rows": _one_of("truncate", "pack"),
     "data.seed": _SEED,
     "data.shuffle_buffer": _whole(0, 10**8),
-    "data.validation_max_tokens": _or(None, _whole(1, 10**12)),
+    "data.validation_max_tokens": _or(None, _whole(1)),
     "data.protocol": _one_of("exact", "published"),
     "data.attention": _one_of("row", "document"),
     "data.on_error": _one_of("stop", "skip"),
@@ -364,7 +364,9 @@ def validate(cfg: DictConfig) -> None:
             continue
         value = OmegaConf.select(cfg, key)
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if not holds(value) and (training or value is not None):  # null in the other doors: the run's own value
+        if not holds(value) and (
+            training or value is not None or key == "checkpoint"
+        ):  # null in the other doors: the run's own value
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
             raise UserError(f"{key} must be {words}, not {shown}.")
     if training:

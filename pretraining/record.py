@@ -160,16 +160,17 @@ class RunRecord:
             ) from error
 
 
-def read_bytes(file: Path) -> bytes:
-    """The content of a regular file: opening a pipe that nobody writes to would never return.
+def read_regular(file: Path) -> bytes:
+    """The content of a regular file. Opening a pipe that nobody writes to would never return: OSError."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file.read_bytes()
 
-    Raises:
-        UserError: it is none, or cannot be read.
-    """
+
+def read_bytes(file: Path) -> bytes:
+    """The same, with UserError."""
     try:
-        if not file.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")
-        return file.read_bytes()
+        return read_regular(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}): restore or remove it") from error
 

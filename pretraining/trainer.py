@@ -234,7 +234,10 @@ class Trainer:
         if path is None:
             return
         meta = checkpoint.load(path, self.model, self.optimizer, self.record.config["optimizer"])
-        self.batches.load_state_dict(meta["data"])
+        try:
+            self.batches.load_state_dict(meta["data"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         self.done, self.skipped, self.evaluated = step, meta["skipped"], meta["evaluated"]
         self.saved = step if path.parent == self.checkpoints else 0
         self.meters = Meters.restore(meta["meters"])

@@ -313,7 +313,7 @@ def packed(folder: Path, large: int, small: int) -> None:
 
 SIZES = {
     "a document of 10 MB among others, packed": lambda folder: packed(folder, 1, 70),
-    "a folder of 64 documents of 10 MB, packed": lambda folder: packed(folder, 64, 0),
+    "documents of 10 MB alone, packed": lambda folder: packed(folder, 2, 1),
 }
 
 
@@ -516,6 +516,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "another column": (text({"x.jsonl": PLAIN}, text_column="content"), 'no text under the key "content"'),
     "one document held out of one": (text({"x.txt": b"some text"}, holdout=1), "data.holdout is 1"),
     "fewer than none held out": (text({"x.txt": b"some text"}, holdout=-3), "data.holdout is -3"),
+    **{
+        f"{key} is {value!r}": (text({"x.txt": b"some text"}, **{key: value}), f"data.{key}")
+        for key, values in {"holdout": ("abc", 0, 2.5, [2], True), "document_characters": ("abc", -1, 0.5, [9])}.items()
+        for value in values
+    },
     "no path": (lambda f: {"kind": "text", "path": None}, "data.path is missing"),
     "empty path": (lambda f: {"kind": "text", "path": ""}, "data.path is missing"),
     "a path of 10,000 characters": (lambda f: {"kind": "text", "path": "x" * 10_000}, "data.path=xxx"),

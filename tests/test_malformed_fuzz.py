@@ -377,7 +377,7 @@ def test_an_edited_checkpoint_is_refused_or_the_same(trainer: Any, run: Path, na
 
 
 @waits_for("edited")
-@fuzz(30)
+@fuzz(20)
 @given(EDITS)
 def test_edited_tensors_whose_sums_were_made_anew(run: Path, edits: Any) -> None:  # noqa: F811
     """Other numbers cannot be told from the saved ones then; but nothing else than a `UserError` comes of it."""
@@ -400,7 +400,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @waits_for("edited")
-@fuzz(50)
+@fuzz(30)
 @given(st.data(), VALUES | st.dictionaries(st.text(max_size=3), st.integers()))
 def test_arbitrary_values_in_the_state_of_a_checkpoint(run: Path, data: Any, value: Any) -> None:  # noqa: F811
     state = json.loads((run / STEP / checkpoint.STATE).read_text())
@@ -428,7 +428,7 @@ LINES = st.lists(st.one_of(VALUES, st.fixed_dictionaries({"kind": VALUES, "step"
 
 
 @waits_for("record")
-@fuzz(100)
+@fuzz(30)
 @given(st.one_of(st.binary(max_size=200), LINES.map(lambda lines: "\n".join(lines).encode())))
 def test_arbitrary_bytes_as_a_record(content: bytes) -> None:
     with new_folder() as place, within():

@@ -241,3 +241,93 @@ def test_a_run_that_damage_has_stopped_goes_on_by_leaving_it_out(
     back = batches(open_source(config, "train"), tokenizer, rows=rows)
     with pytest.raises(UserError, match="does not fit this run: source"):
         back.load_state_dict(goes_on.state_dict())
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_left_out_is_counted_once_over_a_resumption(
+    corpus: Corpus, tokenizer: Tokenizer, rows: str, workers: int
+) -> None:
+    config = {**corpus(15, 4, 18), "on_error": "skip"}
+    for shard in (0, 2):
+        path = Path(config["path"]) / "en" / f"c4-train.{shard:05d}-of-00003.json.gz"
+        path.write_bytes(gzip.compress(b"not JSON\n" + gzip.decompress(path.read_bytes()) + b"neither\n"))
+    begun = batches(open_source(config, "train"), tokenizer, rows=rows)
+    steps(begun, 60)
+    state = json.loads(json.dumps(begun.state_dict()))
+    assert begun.epoch > 0 and state["damaged"] == {"0": 2, "2": 2}
+
+    source = open_source(config, "train")
+    resumed = batches(source, tokenizer, rows=rows, workers=workers)
+    resumed.load_state_dict(state)
+    assert source.damaged == {0: 2, 2: 2} and resumed.state_dict() == state
+    steps(resumed, 20)
+    assert source.damaged == {0: 2, 2: 2}
+
+    del state["damaged"]  # older states do not have it
+    older = open_source(config, "train")
+    batches(older, tokenizer, rows=rows).load_state_dict(state)
+    assert older.damaged == {}
+
+
+BEYOND = 10**30
+DAMAGED_STATES: dict[str, tuple[Any, str]] = {
+    **{f"no {key}": ({key: ...}, key) for key in ("step", "epoch", "position", "shard_lengths", "contract")},
+    **{
+        f"{key} {value!r}": ({key: value}, key)
+        for key, values in {
+            "step": ("10", 10.0, None, True, -1, BEYOND),
+            "epoch": ("1", None, -1),
+            "position": (
+                [1],
+                [1, 33, 0, 0],
+                ["a", 0, 0],
+                "012",
+                5,
+                [-1, 0, 0],
+                [1, -4, 0],
+                [1, 33, -1],
+                [1, BEYOND, 0],
+            ),
+            "shard_lengths": ([], None, {"a": 1}, {"0": "x"}, {"0": -1}, {"3": 3}, {"-1": 3}, {"٠": 15}, {"0": BEYOND}),
+            "damaged": ([], {"0": None}, {"7": 1}),
+            "contract": ([], "x", None),
+        }.items()
+        for value in values
+    },
+    "another step": ({"step": 9}, "step 9 cannot begin at position"),
+    "another epoch": ({"epoch": 5}, "cannot begin at position"),
+    "a position of another epoch": ({"position": [3, 33, 0]}, "cannot begin at position"),
+    "a position never reached": ({"position": [0, 10**12, 0]}, "cannot begin at position"),
+    "an offset never reached": ({"position": [1, 33, 10**12]}, "cannot begin at position"),
+    "a shard left out": ({"shard_lengths": {"0": 15, "1": 4}}, "cannot begin at position"),
+    "a shard of another length": ({"shard_lengths": {"0": 15, "1": 4, "2": 0}}, "cannot begin at position"),
+    "nothing": (None, "the whole of it"),
+    "a list": ([], "the whole of it"),
+}
+
+
+TRUNCATED_ONLY = ("another step", "a shard of another length")  # packed, only tokenising all text would tell
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"), [(r, n) for r in ROWS for n in DAMAGED_STATES if r == "truncate" or n not in TRUNCATED_ONLY]
+)
+def test_a_damaged_state_changes_nothing(corpus: Corpus, tokenizer: Tokenizer, rows: str, name: str) -> None:
+    """Step 10 of rows of one document begins 33 documents into the second epoch, and so it is said for packed rows."""
+    config = corpus(15, 4, 18)
+    source = open_source(config, "train")
+    loader = batches(source, tokenizer, rows=rows)
+    good = {"step": 10, "epoch": 1, "position": [1, 33, 0], "shard_lengths": {"0": 15, "1": 4, "2": 18}, "damaged": {}}
+    good["contract"] = loader.state_dict()["contract"]
+    change, words = DAMAGED_STATES[name]
+    state = change
+    if isinstance(change, dict):
+        state = {key: value for key, value in {**good, **change}.items() if value is not ...}
+    before = loader.state_dict()
+    with pytest.raises(UserError, match=r"saved place in the data is damaged \(.*: resume from an earlier") as caught:
+        loader.load_state_dict(state)
+    assert words in str(caught.value)
+    assert loader.state_dict() == before and source.lengths == {} and source.damaged == {}
+    loader.load_state_dict(good)
+    assert loader.step == 10

@@ -384,6 +384,37 @@ def test_an_edited_manifest(corpus: Corpus, prepare: Prepare, change: Callable[[
     assert contents(folder) == good
 
 
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"{}", b'{"plan": 5}', None])
+def test_a_description_that_says_nothing_is_written_again(
+    corpus: Corpus, prepare: Prepare, content: bytes | None
+) -> None:
+    """The JSON file beside a shard; None: a pipe, at which nobody waits."""
+    config = corpus(15, 4, 18)
+    folder = prepare(config)
+    good = contents(folder)
+    path = folder / "train/00001.json"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    prepare(config)
+    assert contents(folder) == good
+
+
+def test_a_description_with_other_numbers_is_written_again(corpus: Corpus, prepare: Prepare) -> None:
+    config = corpus(15, 4, 18)
+    folder = prepare(config)
+    good = contents(folder)
+    path = folder / "train/00001.json"
+    for key, value in (("documents", -4), ("documents", 5), ("tokens", "many"), ("bytes", None), ("sha256", 5)):
+        described = json.loads(good["train/00001.json"])
+        described["entry"][key] = value
+        path.write_text(json.dumps(described))
+        prepare(config)
+        assert contents(folder) == good
+
+
 def test_a_folder_that_is_not_prepared(corpus: Corpus, prepare: Prepare) -> None:
     config = corpus(15, 4, 18)
     with pytest.raises(UserError, match=r"manifest.json is missing: give a folder that scripts/prepare_data.py wrote"):

@@ -31,6 +31,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .errors import UserError
+from .lines import misfit
 from .rows import truncated
 from .sources import FileSource, Source, open_source
 from .tokenizer import Tokenizer
@@ -187,6 +188,11 @@ class PublishedBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, with the same numbers of ranks and workers."""
+        if (part := misfit(state, {"step": int, "contract": dict})) is not None:
+            raise UserError(
+                f"The saved place in the data is damaged ({part or 'it'} is missing or of another kind): resume from an "
+                "earlier checkpoint or start a new run."
+            )
         theirs, ours = state["contract"], self._contract
         different = sorted(key for key in ours if theirs.get(key) != ours[key])
         if different:

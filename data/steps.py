@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from .errors import UserError
 from .rows import CHUNK, document_positions, ended, stream, truncated_ids, with_labels
 from .sources import Document, Source
 from .tokenizer import Tokenizer
@@ -152,6 +153,11 @@ def _encoded(plan: Plan, readings: Iterator[Reading], skip: int = 0) -> Iterator
     for documents, counts in readings:
         tokens = plan.source.tokens([document for _, _, document in documents], plan.tokenizer)
         for (epoch, document, _), ids in zip(documents, tokens, strict=True):
+            if skip > len(ids):
+                raise UserError(
+                    f"The saved place in the data is damaged (token {skip} of a document that has {len(ids) + 1}): resume "
+                    "from an earlier checkpoint or start a new run."
+                )
             yield Position(epoch, document, skip), ended(ids, plan.tokenizer)[skip:], counts
             skip = 0
 

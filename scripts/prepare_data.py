@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from data import Source, Tokenizer, UserError, load_tokenizer, open_source, validation_rows  # noqa: E402
+from data.lines import read_json  # noqa: E402
 from data.prepared import (  # noqa: E402
     FORMAT,
     KIND,
@@ -353,7 +354,7 @@ def _settle(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         write_json(path, facts)
         return facts
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_json(path)
         ours, theirs = _essence(facts), _essence(plan)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a new folder as --to.") from error

@@ -73,6 +73,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
+        if not override.isprintable() and (override.startswith("~") or key in groups or not key.strip()):
+            raise UserError(f"Cannot read the argument {override!r}: write settings as key=value.")
         if override.startswith("~"):
             raise UserError(
                 f"{override}: settings cannot be removed; leave it out, or give {override.strip('~')} another value."

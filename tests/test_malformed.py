@@ -131,6 +131,4 @@ def test_the_doors_end_in_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     short = ["experiment=quickstart", f"run_dir={tmp_path / 'run'}", "trainer.steps=1", "eval.ngrams=false"]
     message = door("train.py", *short, "data=c4_local", f"data.path={tmp_path}")
     assert f"{shard}, after line 0: damaged or cut gzip file" in message
-    assert "trainer.steps must be" in door("train.py", *short, "trainer.steps=nan")
     assert f"{tmp_path} is not a run folder" in door("eval.py", f"checkpoint={tmp_path}")
-    assert f"{tmp_path} is not a run folder" in door("generate.py", f"checkpoint={tmp_path}", "prompt=The")

@@ -84,6 +84,8 @@ GRAMMAR: dict[str, str] = {
     "Trainer.steps=1": "'Trainer.steps'",
     "nothing.at.all=1": "'nothing.at.all'",
     "~nothing": "~nothing: settings cannot be removed",
+    "~trainer.steps\r\n": "'~trainer.steps\\r\\n'",
+    "optimizer=alice\r": "'optimizer=alice\\r'",
     "optimizer=alicia": "There is no optimizer=alicia. Did you mean alice",
     "model=llama_2t": "There is no model=llama_2t",
     "data=C4": "There is no data=C4",

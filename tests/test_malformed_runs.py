@@ -461,7 +461,7 @@ RECORD: dict[str, tuple[Edit, str]] = {
             "tabs": b"\ta: 1\n",
             "code": b"!!python/object/apply:os.getcwd []\n",
             "two documents": b"a: 1\n---\nb: 2\n",
-            "deep": NESTED,
+            "deep": b"[" * 2000,  # PyYAML is slow
             "unknown alias": b"a: *b\n",
             "a key that is a list": b"? [a, b]\n: 1\n",
             "interpolation": b"a: ${\n",

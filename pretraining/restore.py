@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,11 @@ def evaluate_saved(cfg: DictConfig) -> Evaluation:
     galore_rows = cfg.eval.galore_rows or saved.cfg.eval.galore_rows
     result = evaluate(saved.model, rows, batch_size, galore_rows, autocast=saved.autocast)
     assert result is not None  # nobody interrupts it
+    if not math.isfinite(result.loss):
+        raise UserError(
+            f"the validation loss of {cfg.checkpoint} on {result.tokens:,} tokens is not a number: use a checkpoint from "
+            "before its weights were lost, or give data with something to predict"
+        )
     return result
 
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from data.published import PublishedBatches
 
 
+LOWER = "lower optimizer.lr or optimizer.adam_lr, lengthen trainer.warmup_fraction, or set trainer.grad_clip"
+
+
 class NonFiniteLoss(UserError):
     """Training has diverged."""
 
@@ -315,7 +318,11 @@ class Trainer:
         """One optimizer step: this rank's rows, gradient, update."""
         began = time.perf_counter()
         rows = next(self.batches)
-        waited = time.perf_counter() - began
+        self.pending.append(self.train_on(rows, time.perf_counter() - began))
+        self._settle(self.lag)
+
+    def train_on(self, rows: dict[str, Tensor], waited: float = 0.0) -> StepFigures:
+        """Gradient and update from ``rows``, for which this rank has ``waited`` so many seconds."""
         self.optimizer.zero_grad(set_to_none=True)
         targets = self._sum(target_count(rows["labels"]).sum().to(self.device))
         loss = self._backward(rows, targets)
@@ -332,8 +339,7 @@ class Trainer:
         if self.lag or self._is_finite(figures):  # without lag, known before anything can reach the weights
             figures.timer = self._update(rows, targets, figures)
         self.done += 1
-        self.pending.append(figures)
-        self._settle(self.lag)
+        return figures
 
     def _update(self, rows: dict[str, Tensor], targets: Tensor, figures: StepFigures) -> StepTimer:
         timer = StepTimer(self.device)
@@ -384,8 +390,7 @@ class Trainer:
             f"the {what} is not finite at step {figures.step} (rate {figures.rates[0]:.3g}, Adam group "
             f"{figures.rates[-1]:.3g})"
             + (f", and {self.skipped} steps were skipped before" if self.skipped else "")
-            + f"; {self._last_good()}; lower optimizer.lr or optimizer.adam_lr, lengthen trainer.warmup_fraction, or set "
-            "trainer.grad_clip"
+            + f"; {self._last_good()}; {LOWER}"
         )
 
     def _stop_if_asked(self) -> None:
@@ -530,6 +535,10 @@ class Trainer:
             self.autocast(),
             self._asked_anywhere,
         )
+        if result is not None and not math.isfinite(result.loss):  # of weights that the last update has lost
+            raise NonFiniteLoss(
+                f"the validation loss is not finite after step {self.done}; {self._last_good()}; {LOWER}"
+            )
         if again or result is None:
             return result
         self.evaluated = self.done
@@ -554,6 +563,10 @@ class Trainer:
     def _save(self) -> None:
         if self.lock:
             self.lock.check()
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise NonFiniteLoss(
+                f"the weights are not finite after step {self.done}, which is not saved; {self._last_good()}; {LOWER}"
+            )
         self.record.flush()
         meta = {
             "evaluated": self.done if not self._evaluation_due() else self.evaluated,

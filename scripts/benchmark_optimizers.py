@@ -104,7 +104,9 @@ class Stepper:
     def step(self, batch: Batch, times: Times) -> None:
         refreshes = self.interval > 1 and self.is_refresh(self.next_step)
         began = time.perf_counter()
-        optimizer_ms = self.trainer._step(batch)["optimizer_ms"]  # waits for the device
+        timer = self.trainer.train_on(batch).timer
+        assert timer is not None  # no step is skipped
+        optimizer_ms = timer.milliseconds()  # waits for the device
         times.other_ms.append(1000 * (time.perf_counter() - began) - optimizer_ms)
         (times.refresh_ms if refreshes else times.step_ms).append(optimizer_ms)
 

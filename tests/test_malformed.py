@@ -113,15 +113,6 @@ def test_the_helper_notices_what_hangs_and_what_says_too_little() -> None:
             refused(fail(message), "a.txt")
 
 
-def door(script: str, *words: str) -> str:
-    """The one line on stderr that a door ends in, with exit code 2."""
-    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
-    assert "Traceback" not in done.stderr and lines[-1].startswith("error: "), done.stderr
-    return lines[-1]
-
-
 def test_the_doors_end_in_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     """The tables call the functions behind the doors; these go through them."""
     shard = tmp_path / "c4-train.00000-of-00001.json.gz"
@@ -129,6 +120,23 @@ def test_the_doors_end_in_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     valid = tmp_path / "c4-validation.00000-of-00001.json.gz"
     valid.write_bytes(gzip.compress(b'{"text": "some words"}\n'))
     short = ["experiment=quickstart", f"run_dir={tmp_path / 'run'}", "trainer.steps=1", "eval.ngrams=false"]
-    message = door("train.py", *short, "data=c4_local", f"data.path={tmp_path}")
-    assert f"{shard}, after line 0: damaged or cut gzip file" in message
-    assert f"{tmp_path} is not a run folder" in door("eval.py", f"checkpoint={tmp_path}")
+    doors = {
+        f"{shard}, after line 0: damaged or cut gzip file": [
+            "train.py",
+            *short,
+            "data=c4_local",
+            f"data.path={tmp_path}",
+        ],
+        f"{tmp_path} is not a run folder": ["eval.py", f"checkpoint={tmp_path}"],
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for words in doors.values()
+    ]
+    for words, process in zip(doors, running, strict=True):
+        errors = process.communicate(timeout=300)[1]
+        last = errors.splitlines()[-1]
+        assert process.returncode == 2 and last.startswith("error: ") and words in last, errors
+        assert "Traceback" not in errors

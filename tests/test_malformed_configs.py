@@ -260,6 +260,8 @@ VALUES: dict[str, str] = {
     "trainer.sample_prompt=[a]": "trainer.sample_prompt",
     "trainer.sample_prompt={a:1}": "trainer.sample_prompt",
     # weights that become infinite without a loss that is
+    "optimizer.adam_lr=1e30": "the validation loss is not finite after step 1",
+    "optimizer.scale=1e30": "the validation loss is not finite after step 1",
     "optimizer.adam_lr=1e308": "optimizer.adam_lr must be",
     "optimizer.scale=1e308": "optimizer.scale must be",
     "optimizer.weight_decay=1e308": "optimizer.weight_decay must be",
@@ -287,7 +289,7 @@ def test_an_unusual_value_that_works(tmp_path: Path, rows: str) -> None:
 
 # Every key ------------------------------------------------------------------------------------------------------------
 
-NONSENSE: tuple[Any, ...] = ({"a": 1}, {}, [{"a": [None]}], float("nan"), "\ud800\0", -(10**30), "None")
+NONSENSE: tuple[Any, ...] = ({"a": 1}, [{"a": [None]}], float("nan"), "\ud800\0", -(10**30))
 
 
 @cache

@@ -171,9 +171,7 @@ def shards() -> dict[str, Damaged]:
     for case in BAD_ZIPS:
         found[f".json.gz, {case.name}"] = case
     everything = b"".join(line for line, _ in BAD_LINES.values())
-    found[".jsonl, all at once"] = Damaged(
-        "", everything + LINES[5], (5,), len(BAD_LINES) + 0, "line 1: not a JSON object"
-    )
+    found[".jsonl, all at once"] = Damaged("", everything + LINES[5], (5,), len(BAD_LINES), "line 1: not a JSON object")
     found[".jsonl, last line cut"] = Damaged("", PLAIN[:-9], ALL[:-1], 1, "line 8: not a JSON object")
     found[".jsonl, binary"] = Damaged("", bytes(range(256)) * 4, (), 5, "line 1: not")
     found[".jsonl, empty file"] = Damaged("", b"", (), 1, "is empty")

@@ -469,7 +469,7 @@ def test_an_edited_run_is_the_same_model_or_refused(run: Path, name: str, edits:
 
 
 @pytest.mark.parametrize("key", RULES)
-@fuzz(4)
+@fuzz(3)
 @given(VALUES | st.text(st.characters(codec=None), max_size=5) | st.floats() | st.integers())
 def test_any_value_of_any_key(key: str, value: Any) -> None:
     cfg = having(key)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pretraining import checkpoint
 from pretraining.config import compose
+from pretraining.plan import Plan
 from pretraining.restore import evaluate_saved
 from pretraining.trainer import Trainer, make_plan, train
 
@@ -69,16 +70,21 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 @cache
-def composed(*overrides: str) -> DictConfig:
-    return config("unused", *SETTINGS, *overrides)
+def composed() -> DictConfig:
+    return config("unused", *SETTINGS)
 
 
-def resume(folder: Path, path: Path | None = None, *overrides: str) -> Trainer:
-    cfg = composed(*overrides).copy()
+@cache
+def plan() -> Plan:
+    return make_plan(composed())
+
+
+def resume(folder: Path, path: Path | None = None) -> Trainer:
+    cfg = composed().copy()
     cfg.run_dir = str(folder)
     if path is not None:
         cfg.trainer.resume = str(path)
-    trainer = Trainer(cfg, make_plan(cfg))
+    trainer = Trainer(cfg, plan())
     trainer.batches.close()
     return trainer
 
@@ -664,6 +670,15 @@ def test_a_model_that_cannot_be_evaluated(copy: Path, name: str, monkeypatch: py
     edit(copy)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(lambda: evaluate(copy), words)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path: Path, copy: Path) -> None:
+    """A step whose own loss is finite can lose them."""
+    more = ["optimizer.lr=1e20", "optimizer.scale=1e30", "trainer.warmup_fraction=0", "trainer.save_every=1"]
+    refused(lambda: train(config(tmp_path / "lost", *more)), "the weights are not finite after step 1")
+    assert checkpoint.list_checkpoints(tmp_path / "lost/checkpoints") == []
+    put(WEIGHT, lambda x: x * float("nan"))(copy / STEP)
+    refused(lambda: evaluate(copy / STEP), str(copy / STEP), "is not a number")
 
 
 CASES = [

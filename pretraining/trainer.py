@@ -30,7 +30,7 @@ from .evaluation import Evaluation, evaluate, row_losses, target_count
 from .lock import RunLock
 from .model import build_model
 from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows, weight_dtype
-from .record import RunRecord, environment, read_lines, set_aside
+from .record import RunRecord, environment, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
 from .signals import Stopped, StopSignals
 from .storage import check_folder
@@ -74,6 +74,7 @@ def train(cfg: DictConfig) -> Path | None:
     if cfg.trainer.resume == "auto" and finished.exists():
         cfg.trainer.precision = plan.precision
         RunRecord(run_dir, cfg, write=False)  # another configuration is refused first
+        read_json(finished)  # and a damaged file
         if main:
             RunLock(run_dir).remove_if_stale()  # of a process that was killed at its very end
         print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")

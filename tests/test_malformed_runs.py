@@ -530,6 +530,26 @@ def test_a_record_that_is_malformed(copy: Path, name: str) -> None:
     refused(lambda: resume(copy), str(copy), words)
 
 
+SUMMARY: dict[str, Edit] = {
+    "empty": write("summary.json", b""),
+    "cut": write("summary.json", b'{"perplexity": 12'),
+    "not UTF-8": write("summary.json", b'{"a": "\xff"}'),
+    "a list": write("summary.json", b"[]"),
+    "null": write("summary.json", b"null"),
+    "deep": write("summary.json", NESTED),
+    "a folder": lambda folder: (folder / "summary.json").mkdir(),
+    "a pipe": lambda folder: os.mkfifo(folder / "summary.json"),
+}
+
+
+@pytest.mark.parametrize("name", open_cases("summary", SUMMARY))
+def test_a_summary_that_is_malformed_does_not_say_that_the_run_is_finished(copy: Path, name: str) -> None:
+    SUMMARY[name](copy)
+    cfg = composed().copy()
+    cfg.run_dir = str(copy)
+    refused(lambda: train(cfg), str(copy / "summary.json"))
+
+
 ODD_RECORDS: dict[str, Edit] = {
     "last line of the metrics cut": append("metrics.jsonl", b'{"kind": "tra'),
     "last line of the metrics not UTF-8": append("metrics.jsonl", b"\xff"),
@@ -699,5 +719,6 @@ CASES = [
     *(f"checkpoint, {name}" for name in BYTES),
     *(f"edited, {name}" for name in EDITED),
     *(f"record, {name}" for name in RECORD),
+    *(f"summary, {name}" for name in SUMMARY),
     *(f"model, {name}" for name in MODEL),
 ]

@@ -288,6 +288,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.rope_theta": _number(0, _LARGEST, open_low=True),
     "model.initializer_range": _number(0, 1e3),
     "model.tie_word_embeddings": _FLAG,
+    "model.attn_implementation": _one_of("sdpa", "eager"),
     "optimizer.lr": _RATE,
     "optimizer.adam_lr": _or(None, _RATE),
     "optimizer.last_layer": _one_of("adam", "candidate"),

@@ -43,7 +43,7 @@ def check_model(cfg: Mapping[str, Any]) -> None:
 
 
 def llama_config(cfg: Mapping[str, Any]) -> LlamaConfig:
-    """The `transformers` configuration of `cfg.model`: no biases, plain RoPE, scaled-dot-product attention."""
+    """The `transformers` configuration of `cfg.model`: no biases, plain RoPE."""
     from transformers import LlamaConfig
 
     check_model(cfg)
@@ -57,7 +57,7 @@ def llama_config(cfg: Mapping[str, Any]) -> LlamaConfig:
         mlp_bias=False,
         attention_dropout=0.0,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation=cfg.get("attn_implementation", "sdpa"),
         # None while the model is built: with a padding index, `transformers` zeroes that row of the embedding and
         # torch never gives it a gradient, but every matrix here is N(0, initializer_range^2) throughout.
         pad_token_id=None,

@@ -32,6 +32,7 @@ INDIFFERENT = (
     "data.timeout",
     "data.workers",
     "eval.batch_size",
+    "model.attn_implementation",
     "trainer.device",
     "trainer.dry_run",
     "trainer.keep_every",

@@ -1,0 +1,105 @@
+"""Run a sweep: many training runs, as a file of configs/sweep/ plans them.
+
+    python scripts/sweep.py compare --jobs 2       configs/sweep/compare.yaml, two runs at a time
+    python scripts/sweep.py compare --only alice,racs
+    python scripts/sweep.py compare --dry-run      what would run, and for how long
+    python scripts/sweep.py compare --report-only  tables and figures again, from the records alone
+
+Arguments of the form key=value go to train.py. Every run has a folder of its own and is run once: after an interruption the
+same command goes on with what is missing. A run that crashes is started again, twice; then the sweep goes on without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from reporting import units  # noqa: E402
+from sweeps import Plan, Sweep, load_plan  # noqa: E402
+
+PLANS = ROOT / "configs" / "sweep"
+RECORDS = ROOT / "results" / "runs"
+
+
+def with_rates(plan: Plan, records: Path, settings: Sequence[str]) -> Plan:
+    """The plan with the best rates of the grids in ``rates_from``, as far as those are finished."""
+    if plan.rates_from is None:
+        return plan
+    grid = load_plan(PLANS / f"{plan.rates_from}.yaml")
+    sweep = Sweep(grid, records / grid.name)
+    sweep.read()
+    found = {(model, name): grid.best(model, name, sweep.results) for model in grid.models for name in grid.optimizers}
+    return replace(plan, rates={key: rates for key, rates in found.items() if rates is not None})
+
+
+def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(sorted(path.stem for path in PLANS.glob("*.yaml")))
+    parser.add_argument("plan", help=f"a file, or the name of one in configs/sweep: {names}")
+    parser.add_argument("--out", type=Path, help="folder of the records; default results/runs/PLAN")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--only", type=_names, help="some of its optimizers or variants, as in alice,racs")
+    parser.add_argument("--report-only", action="store_true", help="tables and figures from the records, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for train.py")
+    asked = parser.parse_intermixed_args(words)
+    if asked.jobs < 1:
+        parser.error("--jobs must be at least 1.")
+    file = Path(asked.plan) if asked.plan.endswith(".yaml") else PLANS / f"{asked.plan}.yaml"
+    if not file.is_file():
+        parser.error(f"there is no plan {file}: choose from {names}, or give a file.")
+    out = (asked.out or RECORDS / file.stem).resolve()
+    try:
+        plan = with_rates(load_plan(file, asked.only), out.parent, asked.settings)
+        sweep = Sweep(plan, out, asked.settings, asked.jobs, **commands)
+        sweep.read()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    missing = sweep.missing()
+    print(
+        f"{plan.name}: {len(sweep.results)} runs recorded, {len(missing)} to do"
+        f"{', more as the grids grow' if plan.extend else ''}; about {units.duration(sweep.remaining())} "
+        f"at {plan.seconds:g} s a run.",
+        flush=True,
+    )
+    if plan.waiting():
+        print(f"left out until the grids of {plan.rates_from} are finished: {', '.join(plan.waiting())}.")
+    if asked.dry_run:
+        print("\n".join(shlex.join(sweep.command(job)) for job in missing))
+        return 0
+    try:
+        sweep.run()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command goes on with the runs that have not ended.", file=sys.stderr)
+        return 130
+    for why in sweep.failed.values():
+        print(f"error: {why}", file=sys.stderr)
+    return 1 if sweep.failed else 0
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    """End as after Ctrl-C, so that the training processes end as well."""
+    raise KeyboardInterrupt
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    raise SystemExit(main())

@@ -1,0 +1,242 @@
+"""Plans of sweeps: a file of configs/sweep/, and the runs that it asks for given what is known already.
+
+A plan is one of two kinds. A *grid* gives each optimizer matrix rates and rates of the Adam group:
+
+    experiment: fair
+    models: [llama_tiny, llama_tiny_4k]   # default: the experiment's model
+    seeds: [42]
+    adam_lr: [0.006, 0.02, 0.06]
+    lr: {adam: [0.0003, 0.001, 0.003], alice: [0.006, 0.02, 0.06]}
+    extend: 6                             # up to so many further rates on each side, until the best pair is interior
+    more_seeds: [43, 44]                  # of the best pair alone
+    settings: [trainer.log_every=20]      # of every run, for train.py
+    settings_of: {alice: [optimizer.update_interval=12]}
+
+*Variants* take their optimizer's best rates from the records of another plan:
+
+    rates_from: fair_rates
+    seeds: [43, 44, 45]
+    variants: {adam: {}, alice: {}, no_tracking: {optimizer: alice, settings: [optimizer.tracking=false]}}
+
+What comes next may depend on results (a grid grows until its best pair is interior), so a plan is asked again after
+every run: ``plan.jobs(results)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+KEYS = {
+    "title", "experiment", "models", "seeds", "adam_lr", "lr", "extend", "more_seeds", "settings", "settings_of",
+    "rates_from", "variants", "evaluate", "report", "seconds",
+}  # fmt: skip
+
+Results = Mapping[str, float]  # final perplexity of the jobs that have ended, by name; infinite if diverged
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: ``name`` is its folder below the sweep's, ``overrides`` the arguments of train.py."""
+
+    name: str
+    optimizer: str
+    lr: float
+    adam_lr: float
+    seed: int
+    overrides: tuple[str, ...] = ()
+    model: str | None = None
+
+    def arguments(self) -> list[str]:
+        """For train.py, but ``run_dir``."""
+        model = [f"model={self.model}"] if self.model else []
+        rates = [f"optimizer.lr={self.lr:g}", f"optimizer.adam_lr={self.adam_lr:g}"]
+        return [*model, f"optimizer={self.optimizer}", *rates, f"seed={self.seed}", *self.overrides]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep. Attributes are the keys of its file; ``rates`` are those of ``rates_from``, by model and optimizer."""
+
+    name: str
+    experiment: str
+    models: tuple[str | None, ...] = (None,)
+    seeds: tuple[int, ...] = (42,)
+    adam_lr: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
+    lr: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    extend: int = 0
+    more_seeds: tuple[int, ...] = ()
+    settings: tuple[str, ...] = ()
+    settings_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rates_from: str | None = None
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rates: Mapping[tuple[str | None, str], tuple[float, float]] = field(default_factory=dict)
+    evaluate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    report: str | None = None
+    seconds: float = 120.0
+
+    @property
+    def optimizers(self) -> list[str]:
+        return list(self.lr or self.variants)
+
+    def jobs(self, results: Results) -> list[Job]:
+        """Every run that the plan asks for, in the order of wanting them, given the results so far."""
+        if self.variants:
+            return list(self._variants())
+        return [job for model, name in product(self.models, self.lr) for job in self._grid(model, name, results)]
+
+    def best(self, model: str | None, optimizer: str, results: Results) -> tuple[float, float] | None:
+        """The best pair of rates of a finished grid; None while runs of it are missing, or if all have diverged.
+
+        A pair counts with its mean over ``seeds``: further seeds of the best must not change which is the best.
+        """
+        jobs = [job for job in self._grid(model, optimizer, results) if job.seed in self.seeds]
+        if not jobs or any(job.name not in results for job in jobs):
+            return None
+        pair = _best(jobs, results)
+        return None if math.isinf(_mean(jobs, pair, results)) else pair
+
+    def interior(self, model: str | None, optimizer: str, results: Results) -> bool:
+        """Whether the best pair of the finished grid has worse neighbours on all four sides."""
+        jobs = [job for job in self._grid(model, optimizer, results) if job.seed in self.seeds]
+        lr, adam_lr = _best(jobs, results)
+        there = {(job.lr, job.adam_lr) for job in jobs}
+        return all(
+            any(
+                pair[side] * sign > (lr, adam_lr)[side] * sign and pair[1 - side] == (lr, adam_lr)[1 - side]
+                for pair in there
+            )
+            for side, sign in product((0, 1), (1, -1))
+        )
+
+    def _grid(self, model: str | None, optimizer: str, results: Results) -> Iterator[Job]:
+        def at(lr: float, adam_lr: float, seed: int) -> Job:
+            name = f"{optimizer}-lr{lr:g}-adam{adam_lr:g}-s{seed}"
+            settings = (*self.settings, *self.settings_of.get(optimizer, ()))
+            return Job(f"{model}/{name}" if model else name, optimizer, lr, adam_lr, seed, settings, model)
+
+        adam_rates = self.adam_lr[optimizer] if isinstance(self.adam_lr, Mapping) else self.adam_lr
+        pairs = list(product(self.lr[optimizer], adam_rates))
+        ladders = Ladder(self.lr[optimizer], self.extend), Ladder(adam_rates, self.extend)
+        jobs = [at(*pair, seed) for seed in self.seeds for pair in pairs]
+        yield from jobs
+        while all(job.name in results for job in jobs):
+            lr, adam_lr = _best(jobs, results)
+            around = [(near, adam_lr) for near in ladders[0].neighbours(lr)]
+            around += [(lr, near) for near in ladders[1].neighbours(adam_lr)]
+            new = (
+                [at(*pair, seed) for seed in self.seeds for pair in around if pair not in pairs] if self.extend else []
+            )
+            if not new:
+                yield from (at(lr, adam_lr, seed) for seed in self.more_seeds if seed not in self.seeds)
+                return
+            pairs += [pair for pair in around if pair not in pairs]
+            jobs += new
+            yield from new
+
+    def _variants(self) -> Iterator[Job]:
+        # Seeds outermost: when time runs out, each variant has as many seeds as the others.
+        for model, seed, (variant, given) in product(self.models, self.seeds, self.variants.items()):
+            optimizer = given.get("optimizer", variant)
+            rates = self.rates.get((model, given.get("rates", optimizer)))
+            if rates is None:
+                continue  # the grid of its optimizer is not finished
+            lr, adam_lr = given.get("lr", rates[0]), given.get("adam_lr", rates[1])
+            settings = (*self.settings, *self.settings_of.get(optimizer, ()), *given.get("settings", ()))
+            name = f"{variant}-s{seed}"
+            yield Job(f"{model}/{name}" if model else name, optimizer, float(lr), float(adam_lr), seed, settings, model)
+
+    def waiting(self) -> list[str]:
+        """Variants without rates yet, as model and optimizer."""
+        wanted = {
+            (model, given.get("rates", given.get("optimizer", variant)))
+            for model, (variant, given) in product(self.models, self.variants.items())
+        }
+        return [f"{model} {name}" for model, name in sorted(wanted - set(self.rates), key=str)]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Rates two to a decade, ... 0.002 0.006 0.02 0.06 ..., from the few that a plan gives."""
+
+    given: tuple[float, ...]
+    extend: int
+
+    def neighbours(self, rate: float) -> list[float]:
+        """The next smaller and the next larger rate, as far as ``extend`` rates beyond the given ones."""
+        if not self.extend:
+            return []
+        all_rates = self.rates()
+        at = all_rates.index(rate)
+        return [all_rates[i] for i in (at - 1, at + 1) if 0 <= i < len(all_rates)]
+
+    def rates(self) -> list[float]:
+        rates = list(self.given)
+        for _ in range(self.extend):
+            rates = [float(f"{rates[1] / 10:.6g}"), *rates, float(f"{rates[-2] * 10:.6g}")]
+        return rates
+
+
+def _mean(jobs: list[Job], pair: tuple[float, float], results: Results) -> float:
+    values = [results[job.name] for job in jobs if (job.lr, job.adam_lr) == pair]
+    return sum(values) / len(values)
+
+
+def _best(jobs: list[Job], results: Results) -> tuple[float, float]:
+    pairs = list(dict.fromkeys((job.lr, job.adam_lr) for job in jobs))
+    return min(pairs, key=lambda pair: _mean(jobs, pair, results))
+
+
+def load_plan(path: Path, only: list[str] | None = None) -> Plan:
+    """The plan in a file of configs/sweep/; ``only`` leaves out all but the named optimizers or variants.
+
+    Raises:
+        ValueError: a key, a rate or a name that a plan cannot have.
+    """
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(given, dict) or not (given.keys() <= KEYS) or "experiment" not in given:
+        wrong = ", ".join(sorted(set(given) - KEYS)) if isinstance(given, dict) else "no mapping"
+        raise ValueError(f"{path} is not a plan ({wrong or 'no experiment'}): its keys are {', '.join(sorted(KEYS))}.")
+    if ("lr" in given) == ("variants" in given):
+        raise ValueError(f"{path} must have either lr and adam_lr (a grid) or variants and rates_from.")
+    names = list(given.get("lr") or given["variants"])
+    unknown = [name for name in only or [] if name not in names]
+    if unknown:
+        raise ValueError(f"{path.name} has no {', '.join(unknown)}: choose from {', '.join(names)}.")
+    wanted = only or names
+    values: dict[str, Any] = {
+        key: given[key] for key in ("experiment", "extend", "rates_from", "report", "seconds") if key in given
+    }
+    for key in ("models", "seeds", "more_seeds", "settings"):
+        if key in given:
+            values[key] = tuple(given[key])
+    for key in ("settings_of", "evaluate"):
+        values[key] = {name: tuple(items) for name, items in (given.get(key) or {}).items()}
+    if "lr" in given:
+        values["lr"] = {name: _rates(given["lr"][name], given.get("extend", 0), path) for name in wanted}
+        adam = given["adam_lr"]
+        values["adam_lr"] = (
+            {name: _rates(adam[name if name in adam else "default"], given.get("extend", 0), path) for name in wanted}
+            if isinstance(adam, dict)
+            else _rates(adam, given.get("extend", 0), path)
+        )
+    else:
+        values["variants"] = {name: given["variants"][name] or {} for name in wanted}
+    return Plan(name=path.stem, **values)
+
+
+def _rates(values: list[float], extend: int, path: Path) -> tuple[float, ...]:
+    rates = tuple(sorted(map(float, values)))
+    two_to_a_decade = all(math.isclose(high, 10 * low) for low, high in zip(rates, rates[2:], strict=False))
+    if extend and not (len(rates) > 1 and two_to_a_decade and rates[1] < 10 * rates[0]):
+        raise ValueError(
+            f"{path}: a grid that extends needs rates two to a decade, as 0.006, 0.02, 0.06, not {values}: "
+            "change them, or leave extend out."
+        )
+    return rates

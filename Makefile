@@ -54,12 +54,11 @@ test:
 
 compare:
 	$(SETUP)
-	@$(RUN) scripts/compare.py $(ARGS)
+	@$(RUN) scripts/sweep.py compare $(ARGS)
 
 survey:
 	$(SETUP)
-	@$(RUN) scripts/compare.py --plan configs/sweep/all.yaml --out results/runs/all --figure results/figures/all.png \
-		--extra-seeds '' $(ARGS)
+	@$(RUN) scripts/sweep.py all $(ARGS)
 
 fisher:
 	$(SETUP)

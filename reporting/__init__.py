@@ -7,6 +7,7 @@ from pathlib import Path
 from . import units
 from .figures import comparison_figure, training_picture
 from .model_card import write_model_card
+from .pages import write_page
 from .records import RECORD_FILES, Run, find_runs, load_run
 from .summary import best_cell, findings, grid_table, results_table
 from .survey import load_speed, survey_figure, survey_report, survey_table
@@ -29,6 +30,7 @@ __all__ = [
     "training_picture",
     "units",
     "write_model_card",
+    "write_page",
 ]
 
 

@@ -23,7 +23,9 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reporting import units  # noqa: E402
+import yaml  # noqa: E402
+
+from reporting import units, write_page  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
 
 PLANS = ROOT / "configs" / "sweep"
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     names = ", ".join(sorted(path.stem for path in PLANS.glob("*.yaml")))
     parser.add_argument("plan", help=f"a file, or the name of one in configs/sweep: {names}")
     parser.add_argument("--out", type=Path, help="folder of the records; default results/runs/PLAN")
+    parser.add_argument("--figure", type=Path, help="of the report; default results/figures/PLAN.png")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--only", type=_names, help="some of its optimizers or variants, as in alice,racs")
     parser.add_argument("--report-only", action="store_true", help="tables and figures from the records, run nothing")
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
         plan = with_rates(load_plan(file, asked.only), out.parent, asked.settings)
         sweep = Sweep(plan, out, asked.settings, asked.jobs, **commands)
         sweep.read()
+        if asked.report_only:
+            return _report(plan, out, asked.figure)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,6 +85,8 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
         return 0
     try:
         sweep.run()
+        (out / "sweep.yaml").write_text(yaml.safe_dump({"command": command_of(words), "jobs": asked.jobs}, width=1000))
+        _report(plan, out, asked.figure)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -89,6 +96,23 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     for why in sweep.failed.values():
         print(f"error: {why}", file=sys.stderr)
     return 1 if sweep.failed else 0
+
+
+def _report(plan: Plan, out: Path, figure: Path | None) -> int:
+    """Page and figure of the kind that the plan asks for, if any."""
+    if plan.report is None:
+        return 0
+    figure = (figure or ROOT / "results" / "figures" / f"{plan.name}.png").resolve()
+    expected = {
+        name: len({(job.lr, job.adam_lr) for job in plan.jobs({}) if job.optimizer == name}) for name in plan.optimizers
+    }
+    shown = write_page(plan.report, out, figure, plan.name, expected)
+    print(f"\n{shown}\n\nfigure {figure}\nrecords and report {out}")
+    return 0
+
+
+def command_of(words: Sequence[str]) -> str:
+    return shlex.join(["python", "scripts/sweep.py", *words])
 
 
 def _stop(number: int, _: Any) -> NoReturn:

@@ -16,7 +16,10 @@ A plan is one of two kinds. A *grid* gives each optimizer matrix rates and rates
 
     rates_from: fair_rates
     seeds: [43, 44, 45]
-    variants: {adam: {}, alice: {}, no_tracking: {optimizer: alice, settings: [optimizer.tracking=false]}}
+    variants: {adam: , alice: , no_tracking: {optimizer: alice, settings: [optimizer.tracking=false]}}
+
+with the keys ``optimizer`` (default: the variant's name), ``rates`` (of which optimizer; default: its own), ``lr_factor``,
+``adam_lr`` and ``settings``. Both kinds may ``evaluate`` each run on other text: names, with arguments of eval.py.
 
 What comes next may depend on results (a grid grows until its best pair is interior), so a plan is asked again after
 every run: ``plan.jobs(results)``.
@@ -37,6 +40,7 @@ KEYS = {
     "title", "experiment", "models", "seeds", "adam_lr", "lr", "extend", "more_seeds", "settings", "settings_of",
     "rates_from", "variants", "evaluate", "report", "seconds",
 }  # fmt: skip
+VARIANT_KEYS = {"optimizer", "rates", "lr_factor", "adam_lr", "settings"}
 
 Results = Mapping[str, float]  # final perplexity of the jobs that have ended, by name; infinite if diverged
 
@@ -147,10 +151,11 @@ class Plan:
             rates = self.rates.get((model, given.get("rates", optimizer)))
             if rates is None:
                 continue  # the grid of its optimizer is not finished
-            lr, adam_lr = given.get("lr", rates[0]), given.get("adam_lr", rates[1])
+            lr = float(f"{given.get('lr_factor', 1) * rates[0]:.6g}")
+            adam_lr = given.get("adam_lr", rates[1])
             settings = (*self.settings, *self.settings_of.get(optimizer, ()), *given.get("settings", ()))
             name = f"{variant}-s{seed}"
-            yield Job(f"{model}/{name}" if model else name, optimizer, float(lr), float(adam_lr), seed, settings, model)
+            yield Job(f"{model}/{name}" if model else name, optimizer, lr, float(adam_lr), seed, settings, model)
 
     def waiting(self) -> list[str]:
         """Variants without rates yet, as model and optimizer."""
@@ -228,6 +233,11 @@ def load_plan(path: Path, only: list[str] | None = None) -> Plan:
         )
     else:
         values["variants"] = {name: given["variants"][name] or {} for name in wanted}
+        odd = {key for variant in values["variants"].values() for key in variant} - VARIANT_KEYS
+        if odd:
+            raise ValueError(
+                f"{path}: a variant has no {', '.join(sorted(odd))}: its keys are {', '.join(sorted(VARIANT_KEYS))}."
+            )
     return Plan(name=path.stem, **values)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"optimizers", "fisher", "data", "pretraining", "reporting", "scripts", "tests", "train", "eval", "generate"}
+OURS = {"optimizers", "fisher", "data", "pretraining", "reporting", "sweeps", "scripts", "tests", "train", "eval", "generate"}
 # What each room may import of ours, besides itself.
 MAY_IMPORT = {
     "optimizers": set(),
@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "fisher": {"optimizers"},
     "pretraining": {"optimizers", "data"},
     "reporting": {"optimizers.memory"},
+    "sweeps": {"reporting"},
 }
 # Costly or optional packages: imported inside the function that needs them, if at all.
-LAZY = {"wandb", "tensorboard", "matplotlib"}
+LAZY = {"wandb", "tensorboard", "matplotlib", "scipy"}
 
 
 def imports(source: str, top_level_only: bool = False) -> Iterator[tuple[str, int]]:

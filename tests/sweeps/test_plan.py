@@ -1,0 +1,156 @@
+"""Which runs a plan asks for, given what is known."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sweeps import Plan, load_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = Plan("grid", "fair", adam_lr=(0.006, 0.02, 0.06), lr={"alice": (0.006, 0.02, 0.06)}, extend=6)
+
+
+def play(plan, perplexity):
+    """Run a plan against a function of the rates: all results, and how often it was asked."""
+    results = {}
+    while True:
+        missing = [job for job in plan.jobs(results) if job.name not in results]
+        if not missing:
+            return results
+        results[missing[0].name] = perplexity(missing[0])
+
+
+def bowl(lr, adam_lr):
+    return lambda job: 50 + math.log(job.lr / lr) ** 2 + math.log(job.adam_lr / adam_lr) ** 2
+
+
+def test_a_grid_is_every_matrix_rate_with_every_rate_of_the_adam_group():
+    jobs = GRID.jobs({})
+    assert [(job.lr, job.adam_lr) for job in jobs] == [(a, b) for a in (0.006, 0.02, 0.06) for b in (0.006, 0.02, 0.06)]
+    assert jobs[1].name == "alice-lr0.006-adam0.02-s42"
+    assert jobs[1].arguments() == ["optimizer=alice", "optimizer.lr=0.006", "optimizer.adam_lr=0.02", "seed=42"]
+
+
+def test_a_grid_with_its_best_pair_in_the_middle_does_not_grow():
+    results = play(GRID, bowl(0.02, 0.02))
+    assert len(results) == 9 and GRID.interior(None, "alice", results)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lr=st.floats(3e-5, 3), adam_lr=st.floats(3e-5, 3))
+def test_a_grid_grows_until_its_best_pair_has_worse_neighbours(lr, adam_lr):
+    surface = bowl(lr, adam_lr)
+    results = play(GRID, surface)
+    best = GRID.best(None, "alice", results)
+    assert GRID.interior(None, "alice", results)
+    for i, wanted in enumerate((lr, adam_lr)):  # the nearest rate that the ladder has
+        ladder = [a * 10.0**k for k in range(-7, 3) for a in (2, 6)]
+        nearest = min(ladder, key=lambda rate: abs(math.log(rate / wanted)))
+        assert best[i] == pytest.approx(nearest) or abs(math.log(wanted / best[i]) - math.log(wanted / nearest)) < 1.3
+
+
+def test_a_grid_gives_up_growing_after_so_many_rates():
+    plan = replace(GRID, extend=2)
+    results = play(plan, bowl(1e6, 0.02))
+    assert max(job.lr for job in plan.jobs(results)) == 0.6 and not plan.interior(None, "alice", results)
+
+
+def test_a_pair_that_diverged_counts_as_worse():
+    results = play(GRID, lambda job: math.inf if job.lr > 0.02 else bowl(0.02, 0.02)(job))
+    assert GRID.best(None, "alice", results) == (0.02, 0.02) and len(results) == 9
+
+
+def test_without_extension_a_grid_stays_and_more_seeds_of_the_best_follow():
+    plan = replace(GRID, extend=0, more_seeds=(43, 42, 44))
+    results = play(plan, bowl(0.06, 0.06))
+    assert len(results) == 11
+    assert {name for name in results if not name.endswith("s42")} == {
+        "alice-lr0.06-adam0.06-s43",
+        "alice-lr0.06-adam0.06-s44",
+    }
+
+
+def test_more_seeds_do_not_change_which_pair_is_the_best():
+    plan = replace(GRID, extend=0, more_seeds=(43, 44))
+    results = play(plan, lambda job: bowl(0.02, 0.02)(job) + (1000 if job.seed != 42 else 0))
+    assert plan.best(None, "alice", results) == (0.02, 0.02)
+
+
+def test_an_unfinished_grid_has_no_best():
+    results = play(GRID, bowl(0.02, 0.02))
+    results.pop("alice-lr0.06-adam0.06-s42")
+    assert GRID.best(None, "alice", results) is None
+
+
+def test_variants_take_the_best_rates_of_their_optimizer_seeds_outermost():
+    plan = Plan(
+        "best",
+        "fair",
+        models=("a", "b"),
+        seeds=(1, 2),
+        settings=("trainer.steps=9",),
+        settings_of={"alice": ("optimizer.rank=4",)},
+        rates={("a", "alice"): (0.02, 0.006), ("a", "adam"): (0.001, 0.02)},
+        variants={"adam": {}, "cold": {"optimizer": "alice", "lr_factor": 3, "adam_lr": 0.001, "settings": ["x.y=1"]}},
+    )
+    jobs = plan.jobs({})
+    assert [job.name for job in jobs] == ["a/adam-s1", "a/cold-s1", "a/adam-s2", "a/cold-s2"]
+    assert (jobs[1].lr, jobs[1].adam_lr) == (0.06, 0.001)
+    assert jobs[1].arguments()[:2] == ["model=a", "optimizer=alice"]
+    assert jobs[1].arguments()[-3:] == ["trainer.steps=9", "optimizer.rank=4", "x.y=1"]
+    assert plan.waiting() == ["b adam", "b alice"]
+
+
+def write(tmp_path, **changes):
+    values = {"experiment": "fair", "adam_lr": [0.006, 0.02], "lr": {"alice": [0.006, 0.02]}} | changes
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": [1]}, "is not a plan \\(rates\\)"),
+        ({"experiment": None}, "no experiment"),
+        ({"variants": {"alice": {}}}, "either lr and adam_lr"),
+        ({"extend": 2, "adam_lr": [0.001, 0.005, 0.02]}, "two to a decade"),
+        ({"extend": 2, "adam_lr": [0.02]}, "two to a decade"),
+        ({"lr": None, "adam_lr": None, "variants": {"alice": {"setting": []}}}, "a variant has no setting"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_plan(write(tmp_path, **changes))
+
+
+def test_only_what_is_asked_for(tmp_path):
+    file = write(tmp_path, lr={"alice": [0.02], "racs": [0.02]}, adam_lr={"default": [0.02], "racs": [0.001]})
+    assert [job.adam_lr for job in load_plan(file, ["racs"]).jobs({})] == [0.001]
+    with pytest.raises(ValueError, match="has no lion: choose from alice, racs"):
+        load_plan(file, ["lion"])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_committed_plans_can_be_read_and_name_each_run_once(file):
+    plan = load_plan(file)
+    rates = {(model, name): (0.02, 0.02) for model in plan.models for name in plan.optimizers}
+    rates |= {
+        (model, v.get("rates", v.get("optimizer"))): (0.02, 0.02)
+        for model in plan.models
+        for v in plan.variants.values()
+    }
+    names = [job.name for job in replace(plan, rates=rates).jobs({})]
+    assert names and len(names) == len(set(names))
+    assert (ROOT / "configs" / "experiment" / f"{plan.experiment}.yaml").is_file()
+
+
+def test_the_committed_grid_of_make_compare_is_the_promised_one():
+    plan = load_plan(ROOT / "configs/sweep/compare.yaml")
+    assert plan.adam_lr == (0.001, 0.005, 0.02) and plan.optimizers == ["adam", "muon", "racs", "alice"]
+    assert len(plan.jobs({})) == 36

@@ -84,8 +84,9 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
         print("\n".join(shlex.join(sweep.command(job)) for job in missing))
         return 0
     try:
-        sweep.run()
+        out.mkdir(parents=True, exist_ok=True)
         (out / "sweep.yaml").write_text(yaml.safe_dump({"command": command_of(words), "jobs": asked.jobs}, width=1000))
+        sweep.run()
         _report(plan, out, asked.figure)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ import importlib.util
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +31,29 @@ from optimizers.soap import SOAP
 from optimizers.sophia import Sophia
 from tests.optimizers.test_oracle import make_gradients, make_weight
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, K, LR = 140, 20, 0.01
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16)}
 TOLERANCE = 1e-10  # 140 float64 steps; an eigenvector is known to rounding over its gap, here about 1e-13
 SINGLE_TOLERANCE = 1e-3  # the same in float32, whose rounding over the gap is about 1e-5
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "oracles").is_dir(), reason="scripts/setup.sh has not installed the packages")
+def test_packages_that_were_installed_are_found():
+    """Otherwise the tests below would be skipped without a word."""
+    modules = [
+        "galore_torch",
+        "fira",
+        "apollo_torch",
+        "pytorch_optimizer",
+        "lion_pytorch",
+        "sophia_opt",
+        "adam_mini",
+        "timm",
+    ]
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 
 
 def problem(shape, dtype=torch.float64, steps=STEPS, size=1.0):

@@ -11,6 +11,7 @@ from .linalg import align_signs, bounded, or_previous, subspace_iteration, thin_
 from .low_rank import (
     COMPENSATION,
     SWITCHING,
+    basis_cosines,
     draw_gaussian,
     fira_compensation,
     match_norm,
@@ -74,6 +75,8 @@ class Alice(MatrixOptimizer):
         state_dtype: dtype of U, m and v; None for the parameter's, as in the paper; "8bit" for block-wise codes of m and v.
             Q~, p and phi are float32.
         seed: of the random switching.
+        log_basis: collect in ``basis_log``, at each update of a basis but the first, the names of the matrices and
+            ``low_rank.basis_cosines`` (Figure 6). Changes nothing else; who asks for it has to empty the list.
 
     Raises:
         ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
@@ -82,6 +85,7 @@ class Alice(MatrixOptimizer):
     full_precision = frozenset({"Q", "p", "phi"})
     moments: ClassVar[dict[str, bool]] = {"m": True, "v": False}
     tracks = True  # False: a method without beta_3
+    basis_log: list[tuple[tuple[str, ...], Tensor]] | None = None  # of log_basis: names [B], cosines [B, 4]
 
     def __init__(
         self,
@@ -108,7 +112,9 @@ class Alice(MatrixOptimizer):
         square: str = "rows",
         state_dtype: torch.dtype | str | None = None,
         seed: int = 0,
+        log_basis: bool = False,
     ) -> None:
+        self.basis_log = [] if log_basis else None
         super().__init__(
             params,
             dict(
@@ -172,6 +178,8 @@ class Alice(MatrixOptimizer):
         U = or_previous(lambda: self.new_basis(bounded(G), state, group, ctx), U_prev, ctx)
         if group["fix_signs"] and ctx.step > 1:
             U = align_signs(U, U_prev)
+        if self.basis_log is not None and ctx.step > 1:
+            self.basis_log.append((ctx.names, basis_cosines(U_prev, U)))
         if group["tracking"] and group["tracking_basis"] == "rotated":
             R = U.mT @ U_prev
             state["Q"] = R @ state["Q"] @ R.mT

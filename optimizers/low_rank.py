@@ -7,12 +7,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from .limiter import limit_growth
 from .linalg import complement_columns
 
 SWITCHING = ("none", "complement", "full_basis", "gaussian_mix", "gaussian")
 COMPENSATION = ("none", "optimal", "fira", "fira_plus")
+LOGGED = (1, 2, 4, 8)  # columns of U that Figure 6 shows, in descending order of eigenvalues
 
 
 def draw_columns(total: int, count: int, generators: list[torch.Generator]) -> Tensor:
@@ -110,6 +112,16 @@ def fira_compensation(
     """
     scaling = omega.norm(dim=-2) / (sigma.norm(dim=-2) + eps)
     return (G - kept * (U @ sigma)) * scaling.unsqueeze(-2)
+
+
+def basis_cosines(U_prev: Tensor, U: Tensor) -> Tensor:
+    """|cosine| between each column of ``LOGGED`` before and after an update of the basis (Figure 6).
+
+    Returns:
+        [B, 4], less where r < 8.
+    """
+    columns = [j - 1 for j in LOGGED if j <= U.shape[-1]]
+    return cosine_similarity(U_prev[..., columns], U[..., columns], dim=-2).abs()
 
 
 def match_norm(S: Tensor, reference: Tensor) -> Tensor:

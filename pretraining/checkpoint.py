@@ -167,12 +167,12 @@ def step_of(path: Path) -> int:
 def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuse states that another method, or the same one with other options, has made.
 
-    Rates and weight decay may differ.
+    Rates and weight decay may differ, and log_basis, which changes no state.
 
     Raises:
         UserError: naming the first option that does.
     """
-    for key in sorted((saved.keys() | own.keys()) - {"lr", "adam_lr", "weight_decay"}):
+    for key in sorted((saved.keys() | own.keys()) - {"lr", "adam_lr", "weight_decay", "log_basis"}):
         if saved.get(key) != own.get(key):
             raise UserError(
                 f"{path} was made with optimizer.{key}={saved.get(key)}, not {own.get(key)}: set it so, or start anew"

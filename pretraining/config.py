@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,9 +46,18 @@ PATH_KEYS = ("checkpoint", "data.path", "paths.runs", "run_dir", "tokenizer", "t
 # ---------------------------------------------------------------------------------------------- composing
 
 
-def choices(group: str) -> list[str]:
-    """The files of a config group, by name."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+def choices(group: str, folders: bool = False) -> list[str]:
+    """The files of a config group, by name; with `folders`, those in its folders as well, as folder/name."""
+    root = CONFIGS / group
+    found = root.rglob("*.yaml") if folders else root.glob("*.yaml")
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in found)
+
+
+def _listed(group: str) -> str:
+    """The choices for people: of a folder, only how many there are."""
+    nested = Counter(name.partition("/")[0] for name in choices(group, folders=True) if "/" in name)
+    folders = [f"{folder}/NAME ({count} of them)" for folder, count in sorted(nested.items())]
+    return ", ".join([*choices(group), *folders])
 
 
 def compose(overrides: Iterable[str] = (), root: str = "train") -> DictConfig:
@@ -83,7 +93,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(f"Cannot read the argument {override!r}: write settings as key=value.")
         if key in groups and "," in value:
             raise UserError(_NO_SWEEP)
-        if key in groups and value not in choices(key) and (key, value) != ("recipe", "none"):
+        if key in groups and value not in choices(key, folders=True) and (key, value) != ("recipe", "none"):
             raise UserError(_no_choice(key, value))
 
 
@@ -105,9 +115,9 @@ def _compose(overrides: list[str], root: str) -> DictConfig:
 
 
 def _no_choice(group: str, name: str) -> str:
-    near = difflib.get_close_matches(name, choices(group), n=1)
+    near = difflib.get_close_matches(name, choices(group, folders=True), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"There is no {group}={name}.{hint} Choices: {', '.join(choices(group)) or 'none'}."
+    return f"There is no {group}={name}.{hint} Choices: {_listed(group) or 'none'}."
 
 
 def _explain(error: Exception, overrides: list[str], root: str) -> str:
@@ -238,6 +248,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": _SEED,
     "run_dir": _PATH,
     "checkpoint": _PATH,
+    "json": _or(None, _PATH),
     "paths.runs": _PATH,
     "tokenizer": _TEXT,
     "precision": _PRECISION,
@@ -313,6 +324,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.nesterov": _FLAG,
     "optimizer.tracking": _FLAG,
     "optimizer.fix_signs": _FLAG,
+    "optimizer.log_basis": _FLAG,
     "optimizer.switching": _one_of("none", "complement", "full_basis", "gaussian_mix", "gaussian"),
     "optimizer.compensation": _one_of("none", "optimal", "fira", "fira_plus", "columns"),
     "optimizer.right_rank": _or(None, _whole(1)),
@@ -538,7 +550,7 @@ def _help(function: Callable[[DictConfig], Any], root: str, cfg: DictConfig) -> 
         lines += [about[0], ""]
     groups = [group for group in SHOWN_GROUPS if root == "train" or (group == "data" and root == "eval")]
     if groups:
-        lines += ["Choices", *(f"  {group + '=':<12} {', '.join(choices(group))}" for group in groups), ""]
+        lines += ["Choices", *(f"  {group + '=':<12} {_listed(group)}" for group in groups), ""]
     lines += [
         "Settings, with the values that this command line gives them (??? must be given)",
         *(f"  {line}" for line in OmegaConf.to_yaml(cfg).rstrip().splitlines()),

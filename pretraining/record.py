@@ -33,6 +33,7 @@ INDIFFERENT = (
     "data.workers",
     "eval.batch_size",
     "model.attn_implementation",
+    "optimizer.log_basis",
     "trainer.device",
     "trainer.dry_run",
     "trainer.keep_every",

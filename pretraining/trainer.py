@@ -9,7 +9,7 @@ import time
 import zlib
 from collections import deque
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ class StepFigures:
         data_seconds: spent waiting for its rows.
         timer: of the optimizer; None for a step without an update.
         arrived: when ``values`` is on the host; None: it is.
+        bases: names of matrices, and the cosines between their old and new bases (optimizer.log_basis).
     """
 
     step: int
@@ -107,6 +108,7 @@ class StepFigures:
     data_seconds: float
     timer: StepTimer | None = None
     arrived: torch.cuda.Event | None = None
+    bases: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
 
     def read(self) -> tuple[float, float, bool]:
         """Loss, gradient norm, whether to stop; waits for them."""
@@ -360,6 +362,9 @@ class Trainer:
                 "work with a plain step() on dense gradients"
             ) from error
         timer.stop()
+        if log := getattr(self.optimizer, "basis_log", None):
+            figures.bases = log.copy()
+            log.clear()
         return timer
 
     def _settle(self, left: int) -> None:
@@ -499,6 +504,9 @@ class Trainer:
                 )
             self.bar.update()
             return
+        for names, cosines in figures.bases:
+            for name, row in zip(names, cosines.tolist(), strict=True):
+                self.record.log("basis", step, {"name": name, "cosine": [round(x, 4) for x in row]})
         optimizer_ms = figures.timer.milliseconds() if figures.timer else 0.0
         self.meters.add(seconds, optimizer_ms, figures.data_seconds)
         speed = self.plan.tokens_per_step / seconds

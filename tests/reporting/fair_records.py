@@ -1,0 +1,76 @@
+"""Records of the fair comparison as its sweeps would leave them, without training: a perplexity for every job of a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from sweeps import Job, Plan, load_plan
+from sweeps.local import asked_for
+from tests.reporting.synthetic import write_run
+
+Value = Callable[[str, Job, str], float | None]  # (sweep, job, variant) -> perplexity; inf: diverges; None: not run
+
+
+def write_fair(root: Path, plans: Path, value: Value, c4: float = 2.0) -> None:
+    """Write the records of all plans in a folder below `root`; `c4` times the perplexity is what C4's text gives."""
+    grid = load_plan(plans / "fair_rates.yaml")
+    results = _write(root, grid, value, c4)
+    keys = [(model, name) for model in grid.models for name in grid.optimizers]
+    best = {key: pair for key in keys if (pair := grid.best(*key, results)) is not None}
+    for name in ("fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat"):
+        _write(root, replace(load_plan(plans / f"{name}.yaml"), rates=best), value, c4)
+
+
+def _write(root: Path, plan: Plan, value: Value, c4: float) -> Mapping[str, float]:
+    results: dict[str, float] = {}
+    left_out: set[str] = set()
+    while new := [job for job in plan.jobs(results) if job.name not in results and job.name not in left_out]:
+        for job in new:
+            name = job.name.rpartition("/")[2].rpartition("-s")[0] if plan.variants else job.optimizer
+            perplexity = value(plan.name, job, name)
+            if perplexity is None:
+                left_out.add(job.name)
+                continue
+            write_job(root / plan.name / job.name, job, perplexity)
+            if plan.evaluate and perplexity != float("inf"):
+                file = root / plan.name / job.name / "evaluations.json"
+                file.write_text(json.dumps({"c4": {"perplexity": c4 * perplexity}}))
+            results[job.name] = perplexity
+    return results
+
+
+def write_job(folder: Path, job: Job, perplexity: float) -> None:
+    wanted = asked_for(job.arguments())
+    steps = int(wanted.get("trainer.steps", 12))
+    diverged = perplexity == float("inf")
+    write_run(
+        folder,
+        job.optimizer,
+        job.lr,
+        job.adam_lr,
+        job.seed,
+        perplexity=50.0 if diverged else perplexity,
+        steps=steps,
+        log_every=steps,
+        eval_every=max(1, steps // 12),
+        diverged=max(1, steps // 2) if diverged else None,
+        summary={"training_seconds": 100.0, "optimizer_state_bytes": STATES.get(job.optimizer, 30_000_000)},
+        data="c4_local",
+        kind="c4_local",
+    )
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for key, value in wanted.items():
+        *path, last = key.split(".")
+        tree = config
+        for part in path:
+            tree = tree.setdefault(part, {})
+        tree[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+STATES = {"adam": 29_500_000, "adamw": 29_500_000, "muon": 16_000_000, "racs": 4_300_000, "alice": 13_500_000}

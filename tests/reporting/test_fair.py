@@ -1,0 +1,328 @@
+"""The fair comparison's report on records whose perplexities are known."""
+
+import math
+import re
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from scipy import stats
+
+from reporting.fair import Fair, Grid, Row, ablations, load_fair, methods, repeats, wall_clock
+from reporting.fair_answer import answer
+from reporting.fair_axes import unfinished
+from reporting.fair_figures import available, draw
+from reporting.fair_gains import batch_runs, best_at, gains, settled
+from reporting.fair_page import page, write
+from reporting.fair_tables import CHOICES, PARTS, batch, repeat, stage_1, stage_2, steps_table, variants
+from scripts.fair_report import plans
+from tests.reporting.fair_plans import BEST, MODELS, STEPS, perplexity, write_plans
+from tests.reporting.fair_records import write_fair
+
+TINY, TINY_4K = MODELS
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    write_fair(root / "runs", write_plans(root / "plans"), perplexity)
+    return root
+
+
+@pytest.fixture(scope="module")
+def fair(whole):
+    return load(whole)
+
+
+def load(root: Path) -> Fair:
+    return load_fair(root / "runs", plans(root / "runs", root / "plans"))
+
+
+def without(fair: Fair, *patterns: str) -> Fair:
+    """The comparison before some runs had ended."""
+    gone = {folder for folder in fair.ended for pattern in patterns if fnmatch(folder, pattern)}
+    assert gone
+    return Fair(fair.plans, {folder: run for folder, run in fair.ended.items() if folder not in gone})
+
+
+def changed(fair: Fair, folder: str, diverged: int | None = None, **summary: float) -> Fair:
+    """The comparison with another outcome of one run."""
+    run = fair.ended[folder]
+    other = (
+        replace(run, summary={**run.summary, **summary})
+        if diverged is None
+        else replace(run, diverged={"step": diverged})
+    )
+    return Fair(fair.plans, {**fair.ended, folder: other})
+
+
+def cells(table: str, start: str) -> list[str]:
+    """The cells of the row that starts so, without links."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| {start} |"))
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell.strip()) for cell in line.strip("|").split("|")]
+
+
+def by_name(rows: list[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
+# Stage 1 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_pair_of_a_grid_that_has_grown(fair):
+    grid = fair.grid(TINY, "racs")
+    assert (grid.best.lr, grid.best.adam_lr) == BEST["racs"][:2]
+    assert grid.finished and grid.interior
+    assert len(grid.runs) == grid.asked > 9
+    assert max(grid.profile()) == 0.6  # a worse neighbour beyond the best
+
+
+def test_the_range_of_matrix_rates_near_the_best():
+    def grid_of(profile):
+        runs = [SimpleNamespace(lr=lr, adam_lr=0.02, perplexity=value) for lr, value in profile.items()]
+        return Grid(runs, len(runs), finished=True, interior=True)
+
+    assert grid_of({1.0: 104.0, 3.0: 100.0, 10.0: 105.0, 30.0: 106.0}).flat() == (1.0, 10.0, True)
+    assert grid_of({1.0: 106.0, 3.0: 100.0, 10.0: 106.0, 30.0: 101.0}).flat() == (3.0, 3.0, False)  # in one piece
+    assert grid_of({1.0: math.inf, 3.0: math.inf}).flat() is None
+
+
+def test_stage_1_names_best_pair_and_published_rate(fair, whole):
+    row = cells(stage_1(fair, TINY, whole), "RACS")
+    there = 61 * math.exp(0.1 * math.log(10))
+    assert row[1:6] == ["0.2", "0.02", "61.00", str(len(fair.grid(TINY, "racs").runs)), "yes"]
+    assert row[-2:] == ["0.02", f"{there:.2f}"]
+
+
+def test_an_unfinished_grid_is_provisional_and_counts_its_runs(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/fair_rates/llama_tiny/alice-lr0.02-adam0.006-s42")  # the best
+    fair = load(tmp_path)
+    row = cells(stage_1(fair, TINY, tmp_path), "Alice")
+    assert row[4:6] == ["8 of 9", "provisional"]
+    assert unfinished(fair) == ["alice"]
+    assert not settled(fair, TINY, "alice") and settled(fair, TINY_4K, "alice")
+
+
+def test_a_grid_in_which_everything_diverged_says_so(tmp_path):
+    value = lambda sweep, job, name: math.inf if job.optimizer == "racs" else perplexity(sweep, job, name)  # noqa: E731
+    write_fair(tmp_path / "runs", write_plans(tmp_path / "plans"), value)
+    fair = load(tmp_path)
+    row = cells(stage_1(fair, TINY, tmp_path), "RACS")
+    assert row[3] == "all diverged" and row[4] == "11 of 11, 11 diverged"
+    assert "Not run: RACS." in stage_2(fair, TINY, tmp_path)
+
+
+# Stage 2 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_those_of_mean_losses_with_welch_and_holm(fair):
+    rows = by_name(methods(fair, TINY))
+    losses = {name: [math.log(run.perplexity) for run in row.runs] for name, row in rows.items()}
+    p = {name: stats.ttest_ind(losses[name], losses["adam"], equal_var=False).pvalue for name in ("alice", "racs")}
+    assert rows["alice"].pair.test.difference == pytest.approx(math.log(50 / 60))
+    assert rows["alice"].pair.p == pytest.approx(2 * p["alice"])  # the smaller of two
+    assert rows["racs"].pair.p == pytest.approx(max(2 * p["alice"], p["racs"]))
+    assert [row.name for row in methods(fair, TINY)] == ["alice", "adam", "racs"]
+    assert rows["alice"].claim == "better" and rows["racs"].claim == "worse" and rows["adam"].pair is None
+
+
+def test_the_speedup_is_counted_in_evaluations_of_the_mean_curve(fair):
+    rows = by_name(methods(fair, TINY))
+    target = sum(run.perplexity for run in rows["adam"].runs) / 3
+    curves = [dict(zip(run.evals["step"], run.evals["perplexity"], strict=True)) for run in rows["alice"].runs]
+    first = next(step for step in curves[0] if sum(curve[step] for curve in curves) / 3 <= target)
+    assert 2 < first < STEPS
+    assert rows["alice"].speedup == STEPS / first
+    assert rows["adam"].speedup == 1
+    assert rows["racs"].speedup is None
+
+
+def test_the_table_of_stage_2_shows_spread_and_c4(fair, whole):
+    table = stage_2(fair, TINY, whole)
+    values = [50 * math.exp(0.005 * seed) for seed in (-1, 0, 1)]
+    mean, deviation = sum(values) / 3, (sum((v - sum(values) / 3) ** 2 for v in values) / 2) ** 0.5
+    row = cells(table, "Alice")
+    assert row[3:5] == [f"{mean:.2f} ± {deviation:.2f}", f"{2 * mean:.1f} ± {2 * deviation:.2f}"]
+    assert row[7] == "better" and row[-1] == "43, 44, 45"
+    assert cells(table, "RACS")[-2] == "never"
+    assert "(runs/fair_best/llama_tiny/alice-s44)" in table
+
+
+def test_no_difference_is_claimed_while_seeds_are_missing(fair, whole):
+    fair = without(fair, "fair_best/llama_tiny/adam-s45")
+    assert by_name(methods(fair, TINY))["alice"].pair.verdict == "better"  # by what is there
+    assert by_name(methods(fair, TINY))["alice"].claim is None
+    assert cells(stage_2(fair, TINY, whole), "Alice")[7] == "provisional: seeds are missing"
+    assert cells(stage_2(fair, TINY, whole), "Adam")[-1] == "43, 44 (2 of 3)"
+
+
+def test_a_method_that_has_not_run_makes_no_other_claim_easier(fair, whole):
+    before = by_name(methods(fair, TINY))["alice"].pair.p
+    fair = without(fair, "fair_best/llama_tiny/racs-*")
+    assert by_name(methods(fair, TINY))["alice"].pair.p == pytest.approx(before)
+    assert "Not run: RACS." in stage_2(fair, TINY, whole)
+
+
+def test_without_adam_nothing_is_compared(fair, whole):
+    row = cells(stage_2(without(fair, "fair_best/llama_tiny/adam-*"), TINY, whole), "Alice")
+    assert row[5:8] == ["the reference has not run", "–", "–"] and row[9] == "–"
+
+
+def test_a_diverged_seed_is_neither_averaged_nor_claimed(fair, whole):
+    fair = changed(fair, "fair_best/llama_tiny/alice-s44", diverged=7)
+    row = cells(stage_2(fair, TINY, whole), "Alice")
+    assert row[3:5] == ["1 of 3 diverged", "–"] and "1 of 3 diverged: no test" in row[5]
+    assert by_name(methods(fair, TINY))["alice"].claim is None
+    assert "has Adam on `llama_tiny` (60.00)" in " ".join(answer(fair))  # not Alice, whose mean is infinite
+    assert "diverged at step 7" in write(page(fair, whole, []))
+
+
+def test_times_count_only_where_the_machine_was_shared_equally(fair):
+    for seed in (43, 44, 45):
+        fair = changed(fair, f"fair_best/llama_tiny/alice-s{seed}", training_seconds=200.0)  # of 100 for Adam
+    rows = methods(fair, TINY)
+    found, why = wall_clock(rows)
+    assert why == "" and found["alice"] == pytest.approx(by_name(rows)["alice"].speedup / 2)
+    assert found["adam"] == 1
+    found, why = wall_clock(methods(changed(fair, "fair_best/llama_tiny/alice-s44", training_seconds=300.0), TINY))
+    assert not found and "1.5 times as long" in why and "Alice" in why
+
+
+# Gains -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_gain_is_the_rates_and_the_optimizers(fair):
+    found = gains(fair, TINY, "alice")
+    group = 0.05 * math.log(20)  # Adam's loss at 0.001 less that at 0.02
+    equal = math.log(60 / 50) - 0.05 * math.log(0.02 / 0.006)
+    assert found.rates == pytest.approx(group)
+    assert found.optimizer == pytest.approx(equal)
+    assert found.as_paper == pytest.approx(group + equal)
+    assert found.at_own_best == pytest.approx(math.log(60 / 50))
+    assert found.within == pytest.approx(0.05 * math.log(6))
+    assert gains(fair, TINY_4K, "alice").optimizer == pytest.approx(equal - math.log(3))
+    assert best_at(fair, TINY, "racs", 0.02).lr == 0.2
+
+
+def test_gains_are_none_where_runs_are_missing(fair):
+    fair = without(fair, "fair_control/llama_tiny/adam-lr0.001-*")
+    found = gains(fair, TINY, "alice")
+    assert found.as_paper is None and found.rates is None and found.optimizer is not None
+    assert gains(fair, TINY, "muon").optimizer is None
+
+
+# Ablations, batch, repetitions -------------------------------------------------------------------------------------------
+
+
+def test_variants_are_held_against_plain_alice(fair, whole):
+    rows = by_name(ablations(fair, TINY))
+    assert set(rows) == {"alice", "nothing", "tracking_switch", "no_warmup"}  # RACS's are not of this family
+    assert rows["nothing"].pair.test.difference == pytest.approx(math.log(1.2))
+    assert rows["nothing"].claim == "worse" and rows["no_warmup"].claim is None
+    assert cells(variants(fair, PARTS, whole), "`alice`")[3] == "reference"
+    shown = cells(variants(fair, CHOICES, whole), "`no_warmup`")
+    assert shown[3].startswith("-0.0101") and shown[3].endswith("no difference claimed")
+    assert cells(variants(fair, CHOICES, whole), "`rotated`")[2:4] == ["not run", "–"]
+
+
+def test_signs_are_compared_with_the_papers(fair):
+    table = steps_table(fair)
+    compensation = next(line for line in table.splitlines() if "`tracking_switch` | `alice`" in line)
+    assert "25.11 → 21.96 | -0.1344" in compensation
+    assert compensation.count("as the paper") == 2
+    averages = next(line for line in table.splitlines() if "`racs_no_ema`" in line)
+    assert "22.67 → 29.75" in averages and averages.count("opposite") == 2
+    assert next(line for line in table.splitlines() if "`gaussian` |" in line).count("not run") == 2
+
+
+def test_the_better_rate_counts_at_each_batch(fair, whole):
+    row = cells(batch(fair, TINY, whole), "Alice")
+    assert row[1].startswith("50.00 (0.02)") and row[2] == "not run"
+    assert row[3] == f"20.00 (0.06)<br>{math.log(20 / 30):+.4f}"  # 64k: three times the rate, against Adam's better
+    assert len(batch_runs(fair, TINY, "alice", "64k")[0]) == 2
+
+
+def test_one_of_two_rates_at_a_batch_is_said(fair, whole):
+    fair = without(fair, "fair_batch/llama_tiny/alice_64k_lr3-*")
+    assert "(0.02, 1 of 2 rates)" in cells(batch(fair, TINY, whole), "Alice")[3]
+
+
+def test_repetitions_are_paired_by_configuration_and_seed(fair, whole):
+    assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam", "alice"]
+    assert all(first.path.parent.parent.name == "fair_rates" for first, _ in repeats(fair, TINY))
+    fair = changed(fair, "fair_repeat/llama_tiny/alice-s42", perplexity=50.5)
+    table = repeat(fair, whole).splitlines()
+    assert table[2].endswith("| 0, the same number |")
+    assert table[3].endswith(f"| {math.log(50.5 / 50):+.2e} |")
+
+
+# The answer and the page -------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_says_what_holds_on_both_models_and_where_they_disagree(fair):
+    text = " ".join(answer(fair))
+    assert 3 <= len(answer(fair)) <= 6
+    assert "Not complete" not in text
+    assert "lowest mean perplexity over 3 seeds has Alice on `llama_tiny` (50.00; Adam 60.00: a difference" in text
+    assert "and Adam on `llama_tiny_4k` (60.00)" in text
+    assert "better than Adam on both models: none; worse on both: RACS; no difference claimed on either: none" in text
+    assert "Alice (`llama_tiny`: better, `llama_tiny_4k`: worse): no statement in general" in text
+    found = gains(fair, TINY, "alice")
+    assert f"{found.as_paper:+.2f} on `llama_tiny` ({found.rates:+.2f} from the rates, {found.optimizer:+.2f}" in text
+    gain_64k = math.log(30 / 20)
+    assert f"Alice from {math.log(60 / 50):+.2f} to {gain_64k:+.2f} on `llama_tiny`" in text
+
+
+def test_the_answer_of_an_unfinished_comparison_claims_nothing_in_general(fair):
+    text = " ".join(answer(without(fair, "fair_best/llama_tiny_4k/*")))
+    assert "**Not complete**: " in text and "on both models" not in text
+    assert "better than Adam: Alice, worse: RACS on `llama_tiny`. A statement about optimizers in general needs" in text
+
+
+def test_the_page_without_any_record_claims_nothing(whole, tmp_path):
+    fair = load_fair(tmp_path, plans(tmp_path, whole / "plans"))
+    assert available(fair) == []
+    text = write(page(fair, tmp_path, []))
+    assert f"0 of {len(fair.asked())} runs have ended, and more" in text
+    assert "nothing is claimed" in text
+    assert text.count("Not run.") >= 5 and "better than" not in text.split("##")[0]
+
+
+def test_links_lead_to_records_and_no_path_of_this_machine_is_shown(fair, whole):
+    out = whole / "somewhere" / "fair"
+    text = write(page(fair, out, [whole / "figures" / "curves.png"]))
+    links = set(re.findall(r"\]\(([^)]*runs/[^)]*)\)", text))
+    assert len(links) == len(fair.runs())
+    assert all((out / link).resolve().joinpath("config.yaml").is_file() for link in links)
+    assert str(whole) not in text and "/home/" not in text
+    assert "![Validation perplexity over steps, all methods, both models](../../figures/curves.png)" in text
+
+
+# Pictures --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_pictures_with_data_are_there(fair):
+    every = ["curves", "speedup", "memory", "group_rate", "sensitivity", "gains", "ablations"]
+    assert available(fair) == every
+    fair = without(fair, "fair_control/*/adam-lr0.001-*", "fair_ablations/*")
+    assert available(fair) == [name for name in every if name not in ("gains", "ablations")]
+
+
+def test_pictures_have_the_same_bytes_every_time(fair, tmp_path):
+    first = [path.read_bytes() for path in draw("gains", fair, tmp_path / "a")]
+    second = [path.read_bytes() for path in draw("gains", fair, tmp_path / "b")]
+    assert first == second
+    assert b"svg" in first[1] and b"<dc:date>" not in first[1]
+
+
+def test_pictures_are_drawn_of_what_there_is(fair, tmp_path):
+    # One model has not begun; no spread and so no intervals of the ablations.
+    fair = without(fair, "*/llama_tiny_4k/*", "fair_ablations/llama_tiny/*-s4[45]")
+    drawn = partial(draw, fair=fair, folder=tmp_path)
+    for name in ("curves", "speedup", "memory", "group_rate", "sensitivity", "ablations"):
+        assert all(path.stat().st_size > 1000 for path in drawn(name))

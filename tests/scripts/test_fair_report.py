@@ -1,0 +1,105 @@
+"""The command that writes the fair comparison's report, and checks it."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from scripts import fair_report as command
+from tests.reporting.fair_plans import perplexity, write_plans
+from tests.reporting.fair_records import write_fair
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fair")
+    # Only stage 1 and the repetitions: fewer records and pictures to make.
+    only = ("fair_rates", "fair_repeat")
+    write_fair(
+        root / "runs",
+        write_plans(root / "plans"),
+        lambda sweep, job, name: perplexity(sweep, job, name) if sweep in only else None,
+    )
+    (root / "runs/fair_rates/sweep.yaml").write_text(
+        yaml.safe_dump({"command": "python scripts/sweep.py fair_rates --jobs 2 data.path=/home/me/text", "jobs": 2})
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "PLANS", root / "plans")
+        assert command.main(arguments(root)) == 0
+    return root
+
+
+@pytest.fixture
+def root(written, tmp_path, monkeypatch):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(command, "PLANS", tmp_path / "plans")
+    return tmp_path
+
+
+def arguments(root, *more):
+    return ["--records", str(root / "runs"), "--out", str(root / "fair"), "--figures", str(root / "figures"), *more]
+
+
+def test_the_page_and_its_pictures_are_written(written):
+    text = (written / "fair/README.md").read_text()
+    assert text.startswith("# The fair comparison")
+    assert "`python scripts/sweep.py fair_rates --jobs 2 data.path=DIR`" in text
+    assert "/home/me" not in text
+    names = {path.name for path in (written / "figures").iterdir()}
+    assert names == {f"{name}.{end}" for name in ("group_rate", "sensitivity") for end in ("png", "svg")}
+    assert text.count("](../figures/") == 2
+
+
+def test_the_check_passes_writes_nothing_and_fails_naming_what_disagrees(root, capsys):
+    page = root / "fair/README.md"
+    before = page.read_bytes()
+    assert command.main(arguments(root, "--check")) == 0
+    file = root / "runs/fair_repeat/llama_tiny/alice-s42/summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"perplexity": 51.0}))
+    assert command.main(arguments(root, "--check")) == 1
+    assert page.read_bytes() == before
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2  # the table of repetitions, and that of all runs
+    assert '"The same run twice": disagrees with the records' in errors[0] and '"Every run"' in errors[1]
+    (root / "figures/sensitivity.svg").unlink()
+    page.unlink()
+    assert command.main(arguments(root, "--check")) == 1
+    assert "README.md is missing" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_missing_fails_the_check(root, capsys):
+    (root / "figures/sensitivity.svg").unlink()
+    assert command.main(arguments(root, "--check")) == 1
+    assert "sensitivity.svg is missing" in capsys.readouterr().err
+
+
+def test_records_of_other_settings_are_an_error(root, capsys):
+    file = root / "runs/fair_repeat/llama_tiny/alice-s42/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["optimizer"]["lr"] = 0.5
+    file.write_text(yaml.safe_dump(config))
+    assert command.main(arguments(root)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "optimizer.lr=0.5" in error
+
+
+def test_the_projects_plans_are_understood(tmp_path):
+    """Whatever the plans ask for, the report has a place for it."""
+    from reporting.fair import PLAIN, STEPS
+    from reporting.fair_axes import LOOKS
+    from reporting.fair_gains import CONTROLLED
+    from reporting.fair_tables import BATCHES, CHOICES, PARTS
+
+    found = command.plans(tmp_path, command.PLANS)
+    names = {sweep: {asked.name for asked in found.asked if asked.sweep == sweep} for sweep in command.SWEEPS}
+    assert names["fair_rates"] == names["fair_best"] == set(found.published) <= set(LOOKS)
+    assert sum(asked.sweep == "fair_rates" for asked in found.asked) == 9 * 2 * len(found.published)
+    assert names["fair_control"] == set(CONTROLLED)
+    alices = {a.name for a in found.asked if a.sweep == "fair_ablations" and a.optimizer == PLAIN}
+    assert alices == {*PARTS, *CHOICES}
+    assert {name for step in STEPS for name in (step.before, step.after)} <= names["fair_ablations"]
+    batches = {f"{method}_{size}" for method in CONTROLLED for size in BATCHES}
+    assert {name.removesuffix("_lr3") for name in names["fair_batch"]} == batches
+    assert found.published["adam"] == 0.001 and found.published["alice"] == 0.02
+    assert not found.finished

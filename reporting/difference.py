@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .paper import first_evaluation
+from .paper.numbers import first_evaluation
 from .records import Run, lookup
 from .sides import Side, budget, facts, is_number, last_step, runs_at_once, settings, state, value_text
 from .statistics import RULE, Welch, against_reference, deviation, final_losses, mean

@@ -21,7 +21,15 @@ TRAIN_KEYS = ("step", "loss", "lr", "adam_lr", "tokens", "tokens_per_second", "o
 EVAL_KEYS = ("step", "loss", "perplexity", "tokens")
 
 # What makes up a record: small enough to commit. Checkpoints, the model and pictures can be made again from the rest.
-RECORD_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "samples.txt", "diverged.json", "evaluations.json")
+RECORD_FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "summary.json",
+    "samples.txt",
+    "diverged.json",
+    "evaluations.json",
+)
 
 # libyaml's where PyYAML has it: ten times as fast, and a sweep is hundreds of records
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

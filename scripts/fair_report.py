@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
-from reporting.fair import Asked, Plans, load_fair  # noqa: E402
-from reporting.fair_figures import available, draw  # noqa: E402
-from reporting.fair_page import page, write  # noqa: E402
+from reporting.fair.figures import available, draw  # noqa: E402
+from reporting.fair.page import page, write  # noqa: E402
+from reporting.fair.records import Asked, Plans, load_fair  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
 
 PLANS = ROOT / "configs" / "sweep"

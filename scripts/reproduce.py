@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from reporting import RECORD_FILES, load_run, units  # noqa: E402
-from reporting.cell_records import misfits  # noqa: E402
-from reporting.cells import CELLS, EXPERIMENTS, OPTIMIZERS, RECORDS, SIZES, Experiment  # noqa: E402
-from reporting.paper import TOKENS_PER_STEP, load_paper  # noqa: E402
+from reporting.paper.cells import CELLS, EXPERIMENTS, OPTIMIZERS, RECORDS, SIZES, Experiment  # noqa: E402
+from reporting.paper.numbers import TOKENS_PER_STEP, load_paper  # noqa: E402
+from reporting.paper.records import misfits  # noqa: E402
 
 WHAT = ("table2", "table4", "table5", "figure5", "figure6")
 RUNS = Path("runs/paper")

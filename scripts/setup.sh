@@ -38,7 +38,7 @@ import sys
 
 modules = {"hydra-core": "hydra"}
 optional = {"wandb", "tensorboard", "mypy", "ruff", "types-PyYAML", "setuptools"}
-optional |= {"pytorch-optimizer", "adam-mini", "bitsandbytes"}
+optional |= {"pytorch-optimizer", "adam-mini", "bitsandbytes", "nbclient", "nbformat", "ipykernel"}
 lines = [line for path in sys.argv[1:] if "oracles" not in path for line in open(path) if line.strip() and not line.startswith("#")]
 names = [re.split("[=<>~! \n]", line)[0] for line in lines]
 missing = [n for n in names if n not in optional and importlib.util.find_spec(modules.get(n, n)) is None]

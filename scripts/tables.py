@@ -16,11 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reporting.cell_records import RUNS  # noqa: E402
-from reporting.paper import RESULTS, load_paper  # noqa: E402
-from reporting.paper_figures import draw_all  # noqa: E402
-from reporting.results_page import FIGURES, differences, generate  # noqa: E402
-from reporting.tables_cost import computed_memory  # noqa: E402
+from reporting.paper.cost import computed_memory  # noqa: E402
+from reporting.paper.figures import draw_all  # noqa: E402
+from reporting.paper.numbers import RESULTS, load_paper  # noqa: E402
+from reporting.paper.page import FIGURES, differences, generate  # noqa: E402
+from reporting.paper.records import RUNS  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

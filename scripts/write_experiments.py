@@ -1,4 +1,4 @@
-"""Write the experiment files of the paper's cells, configs/experiment/table2/... and so on, from reporting/cells.py.
+"""Write the experiment files of the paper's cells, configs/experiment/table2/... and so on, from reporting/paper/cells.py.
 
     python scripts/write_experiments.py
 
@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reporting.cells import ALIASES, EXPERIMENTS, Experiment  # noqa: E402
+from reporting.paper.cells import ALIASES, EXPERIMENTS, Experiment  # noqa: E402
 
 FOLDER = ROOT / "configs" / "experiment"
 # The paper's evaluation grid; every step in the record would be megabytes.

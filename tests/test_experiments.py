@@ -13,7 +13,7 @@ from data.errors import UserError
 from pretraining.config import CONFIGS, choices, compose, validate
 from pretraining.plan import Plan, make_plan
 from pretraining.trainer import train
-from reporting.cells import ALIASES
+from reporting.paper.cells import ALIASES
 from scripts.write_experiments import files
 
 TABLES = json.loads((CONFIGS.parent / "results" / "paper" / "tables.json").read_text())

@@ -16,7 +16,7 @@ from optimizers.low_rank import basis_cosines
 from pretraining.config import compose, validate
 from pretraining.plan import make_plan
 from pretraining.trainer import Trainer, train
-from reporting.cell_records import basis_similarities
+from reporting.paper.records import basis_similarities
 from reporting.records import load_run
 
 SHAPES = {"square": (12, 12), "wide": (12, 20), "tall": (20, 12)}

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from reporting.cell_records import wanted
-from reporting.cells import EXPERIMENTS
+from reporting.paper.cells import EXPERIMENTS
+from reporting.paper.records import wanted
 
 from .synthetic import TOKENS_PER_STEP, write_run
 

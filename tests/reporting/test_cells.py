@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting.cells import ALIASES, CELLS, EXPERIMENTS, record_folder, table2_name
+from reporting.paper.cells import ALIASES, CELLS, EXPERIMENTS, record_folder, table2_name
 
 ROOT = Path(__file__).parents[2]
 FIGURES = json.loads((ROOT / "results" / "paper" / "figures.json").read_text())
@@ -106,5 +106,5 @@ def test_a_record_has_one_place() -> None:
 
 
 def test_the_list_needs_no_torch() -> None:
-    code = "import sys, reporting.cells; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
+    code = "import sys, reporting.paper.cells; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

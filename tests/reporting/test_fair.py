@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 from scipy import stats
 
-from reporting.fair import Fair, Grid, Row, ablations, load_fair, methods, repeats, wall_clock
-from reporting.fair_answer import answer
-from reporting.fair_axes import unfinished
-from reporting.fair_figures import available, draw
-from reporting.fair_gains import batch_runs, best_at, gains, settled
-from reporting.fair_page import page, write
-from reporting.fair_tables import CHOICES, PARTS, batch, repeat, stage_1, stage_2, steps_table, variants
+from reporting.fair.answer import answer
+from reporting.fair.axes import unfinished
+from reporting.fair.figures import available, draw
+from reporting.fair.gains import batch_runs, best_at, gains, settled
+from reporting.fair.page import page, write
+from reporting.fair.records import Fair, Grid, Row, ablations, load_fair, methods, repeats, wall_clock
+from reporting.fair.tables import CHOICES, PARTS, batch, repeat, stage_1, stage_2, steps_table, variants
 from scripts.fair_report import plans
 from tests.reporting.fair_plans import BEST, MODELS, STEPS, perplexity, write_plans
 from tests.reporting.fair_records import write_fair

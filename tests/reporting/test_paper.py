@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reporting.paper import (
+from reporting.paper.numbers import (
     CURVES,
     SIZES,
     effective_throughput,

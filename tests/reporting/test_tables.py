@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from pretraining.config import compose
-from reporting import tables, tables_cost, tables_speed
-from reporting.cell_records import RUNS, basis_similarities, fill, misfits
-from reporting.cells import CELLS, EXPERIMENTS
-from reporting.paper import RESULTS, load_paper
+from reporting.paper import cost, speed, tables
+from reporting.paper.cells import CELLS, EXPERIMENTS
+from reporting.paper.numbers import RESULTS, load_paper
+from reporting.paper.page import differences, generate
+from reporting.paper.records import RUNS, basis_similarities, fill, misfits
 from reporting.records import Run, load_run
-from reporting.results_page import differences, generate
 from tests.reporting.paper_records import add_basis, write_cell
 
 PAPER = load_paper()
@@ -175,30 +175,30 @@ def test_other_experiments_do_not_count_for_a_cell(tmp_path: Path) -> None:
 
 def test_speedups_of_records(tmp_path: Path) -> None:
     candidate = load_run(write_cell(tmp_path, "table2/alice_60m_candidate", perplexity=28.0))
-    assert tables_speed.our_speedup(PAPER, "alice", "60M", tmp_path) is None  # no Adam yet
+    assert speed.our_speedup(PAPER, "alice", "60M", tmp_path) is None  # no Adam yet
     write_cell(tmp_path, "table2/adam_60m", perplexity=34.0)
     first = next(s for s, p in zip(candidate.evals["step"], candidate.evals["perplexity"], strict=True) if p <= 34.0)
-    assert tables_speed.our_speedup(PAPER, "alice", "60M", tmp_path) == pytest.approx(10_000 / first)
-    row = cells_of(tables_speed.speedups(PAPER, tmp_path), "60M", "Adam")
+    assert speed.our_speedup(PAPER, "alice", "60M", tmp_path) == pytest.approx(10_000 / first)
+    row = cells_of(speed.speedups(PAPER, tmp_path), "60M", "Adam")
     assert row[5] == f"{10_000 / first:.2f}" and "runs/paper/table2/adam_60m" in row[6]
-    speed = cells_of(tables_speed.throughput(PAPER, tmp_path), "Alice", "60M")
+    row = cells_of(speed.throughput(PAPER, tmp_path), "Alice", "60M")
     # write_cell: 0.01 s a step; Adam's tokens over the seconds to `first`
-    assert speed[5] == f"{131072 * 10_000 / (0.01 * first):,.0f}" and speed[6] == "1 × An Example CPU / 2 GHz"
-    assert cells_of(tables_speed.throughput(PAPER, tmp_path), "Adam", "60M")[5] == f"{131072 / 0.01:,.0f}"
+    assert row[5] == f"{131072 * 10_000 / (0.01 * first):,.0f}" and row[6] == "1 × An Example CPU / 2 GHz"
+    assert cells_of(speed.throughput(PAPER, tmp_path), "Adam", "60M")[5] == f"{131072 / 0.01:,.0f}"
 
 
 def test_a_perplexity_that_is_never_reached(tmp_path: Path) -> None:
     write_cell(tmp_path, "table2/alice_60m_candidate", perplexity=36.0)
     write_cell(tmp_path, "table2/adam_60m", perplexity=34.0)
-    assert cells_of(tables_speed.speedups(PAPER, tmp_path), "60M", "Adam")[5] == "never reached"
-    assert cells_of(tables_speed.throughput(PAPER, tmp_path), "Alice", "60M")[5] == "0"
+    assert cells_of(speed.speedups(PAPER, tmp_path), "60M", "Adam")[5] == "never reached"
+    assert cells_of(speed.throughput(PAPER, tmp_path), "Alice", "60M")[5] == "0"
 
 
 def test_throughputs_of_different_hardware_are_not_divided(tmp_path: Path) -> None:
     write_cell(tmp_path, "table2/alice_60m_candidate", perplexity=28.0)
     adam = write_cell(tmp_path, "table2/adam_60m", perplexity=34.0) / "environment.json"
     adam.write_text(adam.read_text().replace("An Example CPU", "Another CPU"))
-    assert cells_of(tables_speed.throughput(PAPER, tmp_path), "Alice", "60M")[5] == "not run"
+    assert cells_of(speed.throughput(PAPER, tmp_path), "Alice", "60M")[5] == "not run"
 
 
 def test_similarities_of_the_basis_are_read_and_averaged(tmp_path: Path) -> None:
@@ -221,34 +221,34 @@ def test_similarities_of_the_basis_are_read_and_averaged(tmp_path: Path) -> None
     [("3mn", 3 * 6 * 10), ("mn+2nr+mr+n+r^2", 60 + 80 + 24 + 10 + 16), ("mn+m+n+1", 77), ("3mn+2m^2+2n^2", 452)],
 )
 def test_printed_formulas_are_evaluated(formula: str, value: int) -> None:
-    assert tables_cost.elements(formula, m=6, n=10, r=4) == value
+    assert cost.elements(formula, m=6, n=10, r=4) == value
 
 
 @pytest.mark.parametrize("formula", ["mn+k", "m*n", "", "mn+", "-mn"])
 def test_what_is_no_formula_is_refused(formula: str) -> None:
     with pytest.raises(ValueError, match="not a sum of products"):
-        tables_cost.elements(formula, 1, 1)
+        cost.elements(formula, 1, 1)
 
 
 def test_stored_elements_are_the_papers_formulas_and_one_number_a_matrix() -> None:
     """From the committed records of real optimizers: seven matrices in Table 1, 28 in Table 6."""
-    table = tables_cost.table1(PAPER)
+    table = cost.table1(PAPER)
     differences = {row: cells_of(table, row)[8] for row in PAPER.tables["table1"]["columns"]}
     assert differences == {name: "+7" if name == "Alice" else "0" for name in differences}
-    table = tables_cost.table6(PAPER)
+    table = cost.table6(PAPER)
     differences = {row: cells_of(table, row)[9] for row in PAPER.tables["table6"]["columns"]}
     assert differences == {name: "0" if name == "GaLore" else "+28" for name in differences}
 
 
 def test_tables_of_elements_say_so_where_nobody_measured(tmp_path: Path) -> None:
-    assert "not run" in tables_cost.table1(PAPER, tmp_path / "records.json").body
-    assert "not run" in tables_cost.table6(PAPER, tmp_path).body
+    assert "not run" in cost.table1(PAPER, tmp_path / "records.json").body
+    assert "not run" in cost.table6(PAPER, tmp_path).body
 
 
 def test_memory_cells_show_what_is_given_to_them() -> None:
-    assert len(tables_cost.table3_cells(PAPER)) == 48
+    assert len(cost.table3_cells(PAPER)) == 48
     key = ("alice", "llama_1b", "candidate")
-    table = tables_cost.table3(PAPER, {key: 4.42}, {key: 4.4371})
+    table = cost.table3(PAPER, {key: 4.42}, {key: 4.4371})
     assert cells_of(table, "Alice", "1.3B")[2:7] == ["4.42", "4.42", "0", "4.44", "+0.02"]
     assert cells_of(table, "Alice", "1.3B*")[2:7] == ["4.60", "–", "–", "–", "–"]
     assert "1 of 48 cells equal" in table.about and "allocate, 0 of 48" in table.about
@@ -325,7 +325,7 @@ def test_the_pages_text_is_the_same_every_time(page: dict[str, str], tmp_path: P
 
 
 def test_a_figure_is_the_same_bytes_every_time_and_shows_records(tmp_path: Path) -> None:
-    from reporting.paper_figures import draw
+    from reporting.paper.figures import draw
 
     name, runs = "speedups", tmp_path / "runs"
     twice = [[path.read_bytes() for path in draw(name, tmp_path / folder, runs)] for folder in ("a", "b")]
@@ -337,7 +337,7 @@ def test_a_figure_is_the_same_bytes_every_time_and_shows_records(tmp_path: Path)
 
 
 def test_curves_of_ours_are_told_from_the_papers(tmp_path: Path) -> None:
-    from reporting.paper_figures import make
+    from reporting.paper.figures import make
 
     assert "none of them has been run here yet" in make("figure1_2", tmp_path).get_suptitle()
     write_cell(tmp_path, "table2/alice_60m_candidate", perplexity=28.0)
@@ -351,7 +351,7 @@ def test_curves_of_ours_are_told_from_the_papers(tmp_path: Path) -> None:
 
 
 def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:
-    from reporting.paper_figures import make
+    from reporting.paper.figures import make
 
     with pytest.raises(ValueError, match=r"no figure 'figure7': choose one of figure1_2, figure3"):
         make("figure7", tmp_path)

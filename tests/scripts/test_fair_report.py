@@ -86,10 +86,10 @@ def test_records_of_other_settings_are_an_error(root, capsys):
 
 def test_the_projects_plans_are_understood(tmp_path):
     """Whatever the plans ask for, the report has a place for it."""
-    from reporting.fair import PLAIN, STEPS
-    from reporting.fair_axes import LOOKS
-    from reporting.fair_gains import CONTROLLED
-    from reporting.fair_tables import BATCHES, CHOICES, PARTS
+    from reporting.fair.axes import LOOKS
+    from reporting.fair.gains import CONTROLLED
+    from reporting.fair.records import PLAIN, STEPS
+    from reporting.fair.tables import BATCHES, CHOICES, PARTS
 
     found = command.plans(tmp_path, command.PLANS)
     names = {sweep: {asked.name for asked in found.asked if asked.sweep == sweep} for sweep in command.SWEEPS}

@@ -47,7 +47,7 @@ def test_a_record_changes_the_tables_and_check_notices(
 
 
 def pretend(out: Path) -> list[Path]:
-    from reporting.paper_figures import FIGURES
+    from reporting.paper.figures import FIGURES
 
     paths = [out / f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
     for path in paths:

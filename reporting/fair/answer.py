@@ -1,0 +1,159 @@
+"""The answer of the fair comparison in a few sentences, made from its numbers and never saying more than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .. import units
+from ..statistics import in_general
+from .gains import batch_runs, gain, gains, settled
+from .records import REFERENCE, Fair, Row, lowest, methods
+
+CANDIDATES = ("alice", "racs")  # the paper's methods
+
+
+def answer(fair: Fair) -> list[str]:
+    """Three to six sentences; fewer, and saying so, while runs are missing."""
+    tables = {model: methods(fair, model) for model in fair.models}
+    done, asked = len(fair.runs()), len(fair.asked())
+    grown = {(each.model, each.name) for each in fair.asked("fair_rates")} <= set(fair.plans.finished)
+    missing = done < asked or not grown
+    found = []
+    if missing:
+        more = "" if grown else ", and more as the grids of rates grow"
+        found.append(
+            f"**Not complete**: {done} of {asked} runs have ended{more}. Differences count only between methods whose seeds "
+            "have all run; rates and gains below are provisional where their grids are."
+        )
+    ready = {model: rows for model, rows in tables.items() if _settled(rows)}
+    if not ready:
+        found.append("Stage 2 tells nothing yet: nothing is claimed about which method is better.")
+        found += _first_look(fair)
+    else:
+        found += [*_leaders(ready), *_claims(ready, fair.models)]
+    return [*found, *_gains(fair), *_batches(fair)]
+
+
+def _settled(rows: Iterable[Row]) -> list[Row]:
+    """Methods that can be held against Adam by the rule: all seeds of both have ended."""
+    return [row for row in rows if row.pair is not None and row.settled]
+
+
+def _first_look(fair: Fair) -> list[str]:
+    parts = []
+    for model in fair.models:
+        best = lowest(run for name in fair.plans.published for run in fair.grid(model, name).runs)
+        if best is not None:
+            grids = sum(fair.grid(model, name).finished for name in fair.plans.published)
+            parts.append(
+                f"on `{model}` {name_of(best.optimizer)} with {units.perplexity(best.perplexity)} "
+                f"({grids} of {len(fair.plans.published)} grids finished)"
+            )
+    return [f"Lowest perplexity so far in stage 1, one seed: {'; '.join(parts)}."] if parts else []
+
+
+def _leaders(ready: dict[str, list[Row]]) -> list[str]:
+    parts = []
+    for model, rows in ready.items():
+        ended = [row for row in rows if row.runs and not row.diverged and (row.settled or row.name == REFERENCE)]
+        if not ended:
+            continue
+        first, reference = ended[0], next(row for row in rows if row.name == REFERENCE)
+        text = f"{name_of(first.name)} on `{model}` ({units.perplexity(first.perplexity or 0)}"
+        if first.name == REFERENCE:
+            parts.append(f"{text})")
+        else:
+            said = "a difference by the rule" if first.claim else "no difference claimed"
+            parts.append(f"{text}; Adam {_reference(reference)}: {said})")
+    if not parts:
+        return []
+    count = max(len(row.runs) for rows in ready.values() for row in rows)
+    return [
+        f"With each method at its own best rates, the lowest mean perplexity over {count} seeds has {_and(parts)}; only "
+        "differences from Adam are tested, not those between the others."
+    ]
+
+
+def _reference(row: Row) -> str:
+    return units.perplexity(row.perplexity) if row.perplexity is not None else "not run"
+
+
+def _claims(ready: dict[str, list[Row]], models: list[str]) -> list[str]:
+    """What holds on all proxies, and where they disagree."""
+    claims: dict[str, dict[str, str | None]] = {}
+    for model, rows in ready.items():
+        for row in _settled(rows):
+            claims.setdefault(row.name, {})[model] = row.claim
+    if len(ready) < len(models) or len(models) < 2:
+        only = [f"{_list(claims, model)} on `{model}`" for model in ready]
+        return [f"By the rule, {'; '.join(only)}. A statement about optimizers in general needs both models."]
+    both = {name: by_model for name, by_model in claims.items() if len(by_model) == len(models)}
+    general = {name: in_general(list(by_model.values())) for name, by_model in both.items()}  # type: ignore[arg-type]
+    better, worse = ([name_of(n) for n, verdict in general.items() if verdict == word] for word in ("better", "worse"))
+    neither = [name_of(name) for name, by_model in both.items() if not any(by_model.values())]
+    found = (
+        f"By the rule, better than Adam on both models: {_and(better) or 'none'}; worse on both: {_and(worse) or 'none'}; "
+        f"no difference claimed on either: {_and(neither) or 'none'}."
+    )
+    split = {name: by_model for name, by_model in both.items() if len(set(by_model.values())) > 1}
+    if not split:
+        return [found]
+    no_claim = "no difference claimed"
+    details = "; ".join(
+        f"{name_of(name)} ({', '.join(f'`{model}`: {verdict or no_claim}' for model, verdict in by_model.items())})"
+        for name, by_model in split.items()
+    )
+    return [found, f"The models do not say the same about {details}: no statement in general."]
+
+
+def _list(claims: dict[str, dict[str, str | None]], model: str) -> str:
+    names = {word: [name_of(n) for n, by in claims.items() if by.get(model) == word] for word in ("better", "worse")}
+    return f"better than Adam: {_and(names['better']) or 'none'}, worse: {_and(names['worse']) or 'none'}"
+
+
+def _gains(fair: Fair) -> list[str]:
+    """The paper's comparison and what it is made of, for the paper's methods."""
+    parts, provisional = [], False
+    for method in CANDIDATES:
+        texts = []
+        for model in fair.models:
+            each = gains(fair, model, method)
+            if each.as_paper is not None and each.rates is not None and each.optimizer is not None:
+                parted = f"{each.rates:+.2f} from the rates, {each.optimizer:+.2f} from the optimizer"
+                texts.append(f"{each.as_paper:+.2f} on `{model}` ({parted})")
+                provisional = provisional or not settled(fair, model, method)
+        if texts:
+            parts.append(f"{name_of(method)} gains {' and '.join(texts)}")
+    if not parts:
+        return []
+    return [
+        "Compared as in the paper, Adam with all rates at 0.001 and the candidate's Adam group at 0.02, in nats of loss: "
+        f"{'; '.join(parts)}. One seed{', and provisional: runs of these grids are missing' if provisional else ''}."
+    ]
+
+
+def _batches(fair: Fair) -> list[str]:
+    parts = []
+    for method in CANDIDATES:
+        texts = []
+        for model in fair.models:
+            by_size = []
+            for size in ("2k", "64k"):
+                (ours, asked), (adam, of_adam) = (batch_runs(fair, model, n, size) for n in (method, REFERENCE))
+                difference = gain(lowest(adam), lowest(ours)) if len(ours) == asked and len(adam) == of_adam else None
+                by_size.append(difference)
+            if None not in by_size:
+                texts.append(f"{by_size[0]:+.2f} to {by_size[1]:+.2f} on `{model}`")
+        if texts:
+            parts.append(f"{name_of(method)} from {' and '.join(texts)}")
+    if not parts:
+        return []
+    return [f"From 2k to 64k tokens a step the gain over Adam goes, in nats with one seed: {'; '.join(parts)}."]
+
+
+def name_of(name: str) -> str:
+    return units.optimizer_name(name)
+
+
+def _and(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1] if names else ""

@@ -1,0 +1,88 @@
+"""What the optimizer gains over Adam, what the Adam group's rate gains, and how batch size changes it; one seed, no tests.
+
+gains(fair, "llama_tiny", "alice").optimizer             gain over Adam at equal rates of the Adam group, in nats
+
+A gain is a loss that became smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..records import Run
+from .records import REFERENCE, Fair, lowest
+
+CONTROLLED = ("adam", "muon", "racs", "alice")  # methods of the control and of the batch sizes
+ADAM_RATE = 0.001  # of the paper's Adam, for all its parameters
+CANDIDATE_RATE = 0.02  # of the paper's candidates, for their Adam group
+
+
+def tried(fair: Fair, model: str, method: str) -> dict[float, list[Run]]:
+    """Runs of stage 1 and of the control by rate of the Adam group."""
+    found: dict[float, list[Run]] = {}
+    for run in [*fair.runs("fair_control", model, method), *fair.runs("fair_rates", model, method)]:
+        found.setdefault(run.adam_lr, []).append(run)
+    return dict(sorted(found.items()))
+
+
+def best_at(fair: Fair, model: str, method: str, adam_lr: float) -> Run | None:
+    """The best run over matrix rates at one rate of the Adam group; None if there is none or all have diverged."""
+    run = lowest(tried(fair, model, method).get(adam_lr, []))
+    return run if run is not None and math.isfinite(run.perplexity) else None
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The paper's comparison of a method with Adam, in nats, and what it is made of: as_paper = rates + optimizer.
+
+    Attributes:
+        as_paper: Adam with both rates at 0.001 less the method with its Adam group at 0.02.
+        rates: Adam with both rates at 0.001 less Adam with its Adam group at 0.02, best matrix rate.
+        optimizer: Adam less the method, both with the Adam group at 0.02, each at its best matrix rate.
+        within: the method with the Adam group at 0.001 less the method at its best rate of that group.
+        at_own_best: Adam less the method, each at its best pair.
+    """
+
+    as_paper: float | None
+    rates: float | None
+    optimizer: float | None
+    within: float | None
+    at_own_best: float | None
+
+
+def gains(fair: Fair, model: str, method: str) -> Gains:
+    adam = tried(fair, model, REFERENCE)
+    both = next((run for run in adam.get(ADAM_RATE, []) if math.isclose(run.lr, ADAM_RATE)), None)
+    adam_equal, equal = (best_at(fair, model, name, CANDIDATE_RATE) for name in (REFERENCE, method))
+    adam_best, best = (
+        lowest(run for runs in tried(fair, model, name).values() for run in runs) for name in (REFERENCE, method)
+    )
+    return Gains(
+        as_paper=gain(both, equal),
+        rates=gain(both, adam_equal),
+        optimizer=gain(adam_equal, equal),
+        within=gain(best_at(fair, model, method, ADAM_RATE), best),
+        at_own_best=gain(adam_best, best),
+    )
+
+
+def settled(fair: Fair, model: str, method: str) -> bool:
+    """Whether all runs of the method and of Adam that its gains are made of have ended."""
+    return all(
+        fair.grid(model, name).finished and fair.complete("fair_control", model, name) for name in (REFERENCE, method)
+    )
+
+
+def gain(before: Run | None, after: Run | None) -> float | None:
+    """Final loss of one run less that of another; None if one is missing or diverged."""
+    if before is None or after is None or not (math.isfinite(before.perplexity) and math.isfinite(after.perplexity)):
+        return None
+    return math.log(before.perplexity) - math.log(after.perplexity)
+
+
+def batch_runs(fair: Fair, model: str, method: str, tokens: str) -> tuple[list[Run], int]:
+    """Runs of a method at a batch size ("2k", "16k", "64k"), and how many were asked for: one for each matrix rate."""
+    names = [name for name in fair.names("fair_batch") if name.startswith(f"{method}_{tokens}")]
+    runs = [run for name in names for run in fair.runs("fair_batch", model, name)]
+    return runs, sum(len(fair.asked("fair_batch", model, name)) for name in names)

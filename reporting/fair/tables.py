@@ -1,0 +1,301 @@
+"""The tables of the fair comparison's page, as markdown. Links start from the folder `out` of the page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import units
+from ..paper.numbers import load_paper
+from ..paper.tables import NOT_RUN, markdown
+from ..records import Run
+from ..statistics import deviation, mean
+from .answer import name_of
+from .gains import ADAM_RATE, CANDIDATE_RATE, CONTROLLED, batch_runs, best_at, gain, gains, settled, tried
+from .records import PLAIN, REFERENCE, STEPS, Fair, Row, ablations, methods, out_of_domain, repeats, step_test
+
+BATCHES = ("2k", "16k", "64k")  # tokens a step
+
+# Alice's variants by the question that they ask; what is in neither list is left out of the page's words, not of its tables.
+PARTS = {
+    "alice": "tracking, complement switching, optimal compensation; Adam on the last layer",
+    "nothing": "no tracking, no switching, no compensation",
+    "tracking": "tracking alone",
+    "switch": "switching alone",
+    "tracking_switch": "no compensation",
+    "full_basis": "no compensation, switching draws from the full basis",
+    "gaussian_mix": "no compensation, leading and Gaussian vectors",
+    "gaussian": "no compensation, Gaussian vectors alone",
+    "fira_compensation": "Fira's compensation",
+    "fira_plus_compensation": "Fira's compensation at the norm of the low-rank update",
+    "alice_last_layer": "the last layer by Alice",
+}
+CHOICES = {
+    "initial_gaussian": "first basis: Gaussian, not the EVD of the first gradient",
+    "initial_zeros": "first basis: zeros, as printed",
+    "rotated": "the tracked matrix is rotated into the new basis",
+    "free_signs": "signs of basis vectors as the solver gives them",
+    "zero_based": "updates at steps 1, K+1, 2K+1, as in GaLore's code",
+    "bias_correction": "bias correction of the moments",
+    "no_warmup": "no warm-up",
+}
+
+
+def stage_2(fair: Fair, model: str, out: Path) -> str:
+    head = ["method", "matrix rate", "Adam group", "perplexity", "C4 perplexity", "difference to Adam [95 %]", "p (Holm)",
+            "verdict", "states", "speed-up in steps", "seeds"]  # fmt: skip
+    rows, missing = [], []
+    for row in methods(fair, model):
+        if not row.runs:
+            missing.append(name_of(row.name))
+            continue
+        first = row.runs[0]
+        size = (first.summary or {}).get("optimizer_state_bytes")
+        rows.append(
+            [
+                name_of(row.name),
+                f"{first.lr:g}",
+                f"{first.adam_lr:g}",
+                spread(row),
+                "–" if row.diverged else values(out_of_domain(row.runs)) or NOT_RUN,
+                *compared(row),
+                units.size(size) if size else "–",
+                "1" if row.name == REFERENCE else _speedup(row),
+                seeds(row, out),
+            ]
+        )
+    return markdown(head, rows) + _missing(missing)
+
+
+def stage_1(fair: Fair, model: str, out: Path) -> str:
+    head = ["method", "best matrix rate", "Adam group", "perplexity", "runs", "interior", "near the best: matrix rates",
+            "published matrix rate", "perplexity there"]  # fmt: skip
+    rows, missing = [], []
+    for method, published in fair.plans.published.items():
+        grid = fair.grid(model, method)
+        if not grid.runs:
+            missing.append(name_of(method))
+            continue
+        best, flat, there = grid.best, grid.flat(), grid.at(published, CANDIDATE_RATE)
+        count = f"{len(grid.runs)} of {grid.asked}" if not grid.finished else str(len(grid.runs))
+        lost = sum(math.isinf(run.perplexity) for run in grid.runs)
+        interior = ("yes" if grid.interior else "no") if grid.finished else "provisional"
+        near = "–"
+        if flat:
+            low, high, open_end = flat
+            near = f"{low:g} to {high:g} ({'≥ ' if open_end else ''}× {high / low:.3g})"
+        rows.append(
+            [
+                name_of(method),
+                f"{best.lr:g}" if best else "–",
+                f"{best.adam_lr:g}" if best else "–",
+                linked(best, out) if best else "all diverged",
+                count + (f", {lost} diverged" if lost else ""),
+                interior,
+                near,
+                f"{published:g}",
+                linked(there, out) if there else NOT_RUN,
+            ]
+        )
+    return markdown(head, rows) + _missing(missing)
+
+
+def _missing(names: Sequence[str]) -> str:
+    return f"\n\n{NOT_RUN.capitalize()}: {', '.join(names)}." if names else ""
+
+
+def _speedup(row: Row) -> str:
+    if row.speedup:
+        return f"{row.speedup:.2f}"
+    return "never" if row.pair and row.pair.test.difference is not None else "–"
+
+
+def group_rates(fair: Fair, model: str, out: Path) -> str:
+    by_method = {method: tried(fair, model, method) for method in CONTROLLED}
+    rates = sorted({ADAM_RATE, CANDIDATE_RATE, *(rate for found in by_method.values() for rate in found)})
+
+    def cell(method: str, rate: float) -> str:
+        runs = by_method[method].get(rate, [])
+        best = best_at(fair, model, method, rate)
+        if best is None:
+            return "diverged" if runs else NOT_RUN
+        ends = (min(run.lr for run in runs), max(run.lr for run in runs))
+        return f"{linked(best, out)} ({best.lr:g}{'†' if best.lr in ends else ''})"
+
+    rows = [
+        [name_of(method) + _provisional(fair, model, method), *(cell(method, rate) for rate in rates)]
+        for method in CONTROLLED
+        if by_method[method]
+    ]
+    missing = [name_of(method) for method in CONTROLLED if not by_method[method]]
+    return markdown(["method", *(f"{rate:g}" for rate in rates)], rows) + _missing(missing)
+
+
+def gains_table(fair: Fair) -> str:
+    head = ["model", "method", "as the paper compares", "from the rates", "from the optimizer"]
+    head += ["optimizer, groups at 0.001", "optimizer, each at its best pair", "group rate within the method"]
+    rows = []
+    for model in fair.models:
+        for method in CONTROLLED:
+            if not tried(fair, model, method):
+                continue
+            found = gains(fair, model, method)
+            at_low = gain(*(best_at(fair, model, name, ADAM_RATE) for name in (REFERENCE, method)))
+            own = method == REFERENCE
+            cells = [found.as_paper, found.rates, found.optimizer, at_low, found.at_own_best]
+            rows.append(
+                [
+                    f"`{model}`",
+                    name_of(method) + _provisional(fair, model, method),
+                    *("–" if own and i > 1 else nats(value) for i, value in enumerate(cells)),
+                    nats(found.within),
+                ]
+            )
+    return markdown(head, rows, left=2)
+
+
+def _provisional(fair: Fair, model: str, method: str) -> str:
+    return "" if settled(fair, model, method) else " (provisional)"
+
+
+def variants(fair: Fair, names: dict[str, str], out: Path) -> str:
+    rows = {model: {row.name: row for row in ablations(fair, model)} for model in fair.models}
+    lines = []
+    for name, about in names.items():
+        line = [f"`{name}`", about]
+        for model in fair.models:
+            row = rows[model].get(name, Row(name, [], 0))
+            difference, p, verdict = compared(row)
+            tested = f"{difference}; p {p}; {verdict}" if p != "–" else "; ".join({difference: 1, verdict: 1})
+            own = "reference" if name == PLAIN else tested if row.runs else "–"
+            line += [spread(row) if row.runs else NOT_RUN, own, seeds(row, out)]
+        lines.append(line)
+    columns = [f"{what}{model}" for model in fair.models for what in ("", "difference, ", "seeds, ")]
+    return markdown(["variant", "what", *columns], lines, left=2)
+
+
+def steps_table(fair: Fair) -> str:
+    printed = load_paper().tables["fig5"]
+    head = ["figure", "from", "to", "paper", "paper: difference"]
+    for model in fair.models:
+        head += [f"{model}", "difference [95 %]", "sign"]
+    rows = []
+    for step in STEPS:
+        before, after = (printed[step.panel][key] for key in (step.paper_before, step.paper_after))
+        theirs = math.log(after / before)
+        row = [step.figure, f"`{step.before}`", f"`{step.after}`", f"{before:.2f} → {after:.2f}", f"{theirs:+.4f}"]
+        for model in fair.models:
+            test = step_test(fair, model, step)
+            sides = [
+                mean([run.perplexity for run in fair.runs("fair_ablations", model, name)])
+                for name in (step.before, step.after)
+            ]
+            if None in sides:
+                row += [NOT_RUN, "–", "–"]
+                continue
+            row.append(" → ".join(units.perplexity(side) for side in sides if side is not None))
+            row += [interval(test.difference, test.interval) if test.difference is not None else test.why]
+            row.append(_sign(theirs, test.difference, test.interval))
+        rows.append(row)
+    return markdown(head, rows, left=3)
+
+
+def _sign(theirs: float, ours: float | None, reach: tuple[float, float] | None) -> str:
+    if ours is None or ours == 0:
+        return "–"
+    same = "as the paper" if (ours < 0) == (theirs < 0) else "opposite"
+    return same + (" (interval holds 0)" if reach and reach[0] <= 0 <= reach[1] else "" if reach else " (one seed)")
+
+
+def batch(fair: Fair, model: str, out: Path) -> str:
+    best = {}
+    for method in CONTROLLED:
+        for size in BATCHES:
+            runs, asked = batch_runs(fair, model, method, size)
+            found = min(runs, key=lambda run: run.perplexity, default=None)
+            best[method, size] = (found, len(runs), asked)
+    rows = []
+    for method in CONTROLLED:
+        row = [name_of(method)]
+        for size in BATCHES:
+            run, done, asked = best[method, size]
+            if run is None:
+                row.append(NOT_RUN)
+                continue
+            # The loss of the method less Adam's.
+            difference = gain(run, best[REFERENCE, size][0]) if method != REFERENCE else None
+            text = f"{linked(run, out)} ({run.lr:g}{'' if done == asked else f', {done} of {asked} rates'})"
+            row.append(text + (f"<br>{difference:+.4f}" if difference is not None else ""))
+        rows.append(row)
+    return markdown(["method", *(f"{size} tokens a step" for size in BATCHES)], rows)
+
+
+def repeat(fair: Fair, out: Path) -> str:
+    head = ["model", "method", "first", "again", "difference of loss"]
+    rows = []
+    for model in fair.models:
+        for first, again in repeats(fair, model):
+            difference = gain(first, again)
+            text = "–" if difference is None else "0, the same number" if difference == 0 else f"{-difference:+.2e}"
+            rows.append([f"`{model}`", name_of(again.optimizer), linked(first, out), linked(again, out), text])
+    return markdown(head, rows, left=2) if rows else f"{NOT_RUN.capitalize()}."
+
+
+# Cells -----------------------------------------------------------------------------------------------------------------
+
+
+def spread(row: Row) -> str:
+    """The mean perplexity and its standard deviation over seeds, or how many seeds diverged."""
+    if row.diverged:
+        return f"{row.diverged} of {len(row.runs)} diverged"
+    return values([run.perplexity for run in row.runs])
+
+
+def values(perplexities: Sequence[float]) -> str:
+    """Mean ± standard deviation; "" without values."""
+    middle, around = mean(perplexities), deviation(perplexities)
+    if middle is None:
+        return ""
+    return units.perplexity(middle) + (f" ± {two_digits(around)}" if around is not None else " (one seed)")
+
+
+def two_digits(number: float) -> str:
+    return f"{number:#.2g}".rstrip(".")
+
+
+def compared(row: Row) -> tuple[str, str, str]:
+    """Difference with its interval, p and verdict."""
+    if row.pair is None:
+        return "reference", "–", "–"
+    test, p = row.pair.test, row.pair.p
+    if test.difference is None and not row.diverged and row.runs:
+        return "the reference has not run", "–", "–"
+    difference = test.why if test.difference is None else interval(test.difference, test.interval)
+    if p is None:
+        return difference, "–", test.why if test.difference is not None else "–"
+    verdict = row.pair.verdict or "no difference claimed"
+    return difference, p_value(p), verdict if row.settled else "provisional: seeds are missing"
+
+
+def interval(difference: float, reach: tuple[float, float] | None) -> str:
+    return f"{difference:+.4f}" + (f" [{reach[0]:+.4f}, {reach[1]:+.4f}]" if reach else "")
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def nats(value: float | None) -> str:
+    return NOT_RUN if value is None else f"{value:+.3f}"
+
+
+def linked(run: Run, out: Path) -> str:
+    """A run's perplexity, with a link to its record."""
+    return f"[{units.perplexity(run.perplexity)}]({os.path.relpath(run.path, out)})"
+
+
+def seeds(row: Row, out: Path) -> str:
+    links = ", ".join(f"[{run.seed}]({os.path.relpath(run.path, out)})" for run in row.runs)
+    return links + (f" ({len(row.runs)} of {row.asked})" if len(row.runs) < row.asked else "") if links else "–"

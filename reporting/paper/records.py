@@ -1,0 +1,206 @@
+"""Which run records fill a cell of the paper: those of its experiment that were run as the paper says.
+
+cell = CELLS[0]
+filling = fill(cell)                    Filling(runs=[], others=[]) where nobody has run it
+filling.value, filling.spread           mean over seeds and standard deviation
+
+A record lies at results/runs/paper/<experiment>/<any folder>/. One that was shortened, fed with other data or changed in
+a number that the paper prints is not the cell's number: it comes in `others`, with the reasons.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import units
+from ..records import Run, find_runs, lookup
+from .cells import EXPERIMENTS, SIZES, Cell, Experiment
+from .numbers import RESULTS, load_paper
+
+RUNS = RESULTS / "runs" / "paper"
+
+C4 = ("allenai/c4", "c4_local")  # also what prepared data names as its source
+VALIDATION_TOKENS = 9_900_000  # at least; the evaluation of the protocol reads 10M tokens
+
+# Columns of Tables 7 to 9 and 11 by our keys; betas are compared as a list.
+_KEYS = {
+    "learning_rate": "lr",
+    "update_scale": "scale",
+    "alpha": "scale",
+    "alpha_c": "compensation_scale",
+    "rank": "rank",
+    "update_interval": "update_interval",
+    "K": "update_interval",
+    "l": "leading",
+    "beta": "beta",
+}
+_TABLES = {
+    "galore": "table7",
+    "fira": "table7",
+    "adam": "table8",
+    "racs": "table9",
+    "alice": "table11",
+    "alice_0": "table11",
+}
+_PARTS = {"optimizer.tracking": True, "optimizer.switching": "complement", "optimizer.compensation": "optimal"}
+_SILENT = ("optimizer.log_basis",)  # says what is recorded, changes no number
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What has been run for a cell.
+
+    Attributes:
+        runs: records that count, by seed.
+        others: (record, reasons why it does not count).
+        values: the cell's number of each run, infinite where it diverged.
+    """
+
+    runs: list[Run]
+    others: list[tuple[Run, list[str]]]
+    values: list[float]
+
+    @property
+    def value(self) -> float:
+        """Mean over seeds; NaN where nobody has run it."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None with one seed or a diverged run."""
+        known = len(self.values) > 1 and all(math.isfinite(value) for value in self.values)
+        return statistics.stdev(self.values) if known else None
+
+
+def fill(cell: Cell, root: str | Path = RUNS) -> Filling:
+    """The records of a cell's experiment below `root`, sorted into those that count and those that do not.
+
+    Raises:
+        ValueError: a record is malformed.
+    """
+    filling = Filling([], [], [])
+    for run in experiment_runs(cell.experiment, root):
+        value = value_of(run, cell)
+        reasons = misfits(run, EXPERIMENTS[cell.experiment])
+        if math.isnan(value):
+            reasons = [*reasons, "not finished" if cell.step is None else f"no evaluation at step {cell.step:,}"]
+        if not reasons and run.seed in [counted.seed for counted in filling.runs]:
+            reasons = [f"seed {run.seed} is counted already"]
+        if reasons:
+            filling.others.append((run, reasons))
+        else:
+            filling.runs.append(run)
+            filling.values.append(value)
+    return filling
+
+
+def experiment_runs(experiment: str, root: str | Path = RUNS) -> list[Run]:
+    """Every record of an experiment, by seed, of one seed the shortest name (s42) first; none if there is no folder."""
+    folder = Path(root) / experiment
+    return (
+        sorted(find_runs(folder), key=lambda run: (run.seed or 0, len(run.path.name), run.path.name))
+        if folder.is_dir()
+        else []
+    )
+
+
+def value_of(run: Run, cell: Cell) -> float:
+    """The perplexity that the cell asks for: final, or at its step. NaN if it is not there yet."""
+    if cell.step is None or run.diverged is not None:
+        return run.perplexity
+    for step, value in zip(run.evals["step"], run.evals["perplexity"], strict=True):
+        if step == cell.step:
+            return float(value)
+    return math.nan
+
+
+def misfits(run: Run, experiment: Experiment) -> list[str]:
+    """Why a record is not a run of `experiment`: each difference from what the paper says, in a few words."""
+    found = []
+    for key, value in wanted(experiment).items():
+        got = run.setting(key)
+        if not _same(got, value):
+            found.append(
+                f"{key.removeprefix('optimizer.').removeprefix('trainer.')} {_show(got)} instead of {_show(value)}"
+            )
+    source = str(lookup(run.environment, "data.train.name", run.data))
+    if run.data not in C4 and source not in C4:
+        found.append(f"data {source} instead of C4")
+    tokens = (run.summary or {}).get("validation_tokens")
+    if tokens is not None and tokens < VALIDATION_TOKENS:
+        found.append(f"evaluated on {units.count(tokens)} tokens instead of 10M")
+    done = (run.summary or {}).get("steps")
+    if done is not None and done != run.setting("trainer.steps"):
+        found.append(f"ended at step {done:,}")
+    return list(dict.fromkeys(found))
+
+
+def wanted(experiment: Experiment) -> dict[str, Any]:
+    """What the configuration of a run must hold, by dotted name: the model, the protocol, and the paper's Tables 7 to 11."""
+    values: dict[str, Any] = {
+        "model.name": experiment.model,
+        "optimizer.name": experiment.optimizer,
+        "trainer.steps": experiment.steps,
+        "trainer.batch_size": 512,
+        "trainer.warmup_fraction": 0.1,
+        "trainer.min_lr_ratio": 0.1,
+        "data.length": 256,
+        "data.rows": "truncate",
+    }
+    if experiment.optimizer != "adam":
+        values["optimizer.last_layer"] = experiment.last_layer
+    values |= _hyper_parameters(experiment)
+    if experiment.optimizer in ("alice", "alice_0"):
+        values |= _PARTS | ({"optimizer.tracking": False} if experiment.optimizer == "alice_0" else {})
+    return values | {key: value for key, value in experiment.settings.items() if key not in _SILENT}
+
+
+def _hyper_parameters(experiment: Experiment) -> dict[str, Any]:
+    if experiment.optimizer not in _TABLES:
+        return {}  # Muon: its numbers were not published
+    table = load_paper().tables[_TABLES[experiment.optimizer]]
+    size = SIZES[experiment.model.removeprefix("llama_")]
+    row: Mapping[str, Any] = dict(zip(table["columns"], table["rows"][size], strict=True))
+    values = {f"optimizer.{_KEYS[name]}": value for name, value in row.items() if name in _KEYS}
+    if "beta1" in row:  # beta3 says nothing without tracking, which is asked for by itself
+        values["optimizer.betas"] = [row["beta1"], row["beta2"]]
+    return values
+
+
+def _same(got: Any, value: Any) -> bool:
+    if isinstance(value, list):
+        return isinstance(got, list) and len(got) >= len(value) and all(map(_same, got, value))
+    if isinstance(value, float) and isinstance(got, (int, float)):
+        return math.isclose(got, value)
+    return bool(got == value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def basis_similarities(run: Run) -> dict[str, dict[int, list[float]]]:
+    """The lines of kind "basis": matrix -> step -> |cosine| of columns 1, 2, 4, 8 before and after the update (Figure 6).
+
+    Empty without optimizer.log_basis. A line that a resumed run wrote again replaces the earlier one.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    path = run.path / "metrics.jsonl"
+    for raw in path.read_bytes().split(b"\n") if path.is_file() else []:
+        if b'"basis"' not in raw:
+            continue
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue  # the last line of a process that died; load_run names any other
+        if line.get("kind") == "basis":
+            found.setdefault(line["name"], {})[int(line["step"])] = [float(value) for value in line["cosine"]]
+    return found

@@ -32,12 +32,19 @@ PLANS = ROOT / "configs" / "sweep"
 RECORDS = ROOT / "results" / "runs"
 
 
-def with_rates(plan: Plan, records: Path, settings: Sequence[str]) -> Plan:
-    """The plan with the best rates of the grids in ``rates_from``, as far as those are finished."""
+def with_rates(plan: Plan, records: Path) -> Plan:
+    """The plan with the best rates of the grids in ``rates_from``, as far as those are finished.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
     if plan.rates_from is None:
         return plan
+    if not (PLANS / f"{plan.rates_from}.yaml").is_file():
+        raise ValueError(f"{plan.name} takes its rates from {plan.rates_from}, which is no plan: correct rates_from.")
     grid = load_plan(PLANS / f"{plan.rates_from}.yaml")
-    sweep = Sweep(grid, records / grid.name)
+    beside = records / grid.name
+    sweep = Sweep(grid, beside if beside.is_dir() else RECORDS / grid.name)
     sweep.read()
     found = {(model, name): grid.best(model, name, sweep.results) for model in grid.models for name in grid.optimizers}
     return replace(plan, rates={key: rates for key, rates in found.items() if rates is not None})
@@ -58,12 +65,15 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(words)
     if asked.jobs < 1:
         parser.error("--jobs must be at least 1.")
+    odd = [word for word in asked.settings if "=" not in word]
+    if odd:
+        parser.error(f"cannot read {odd[0]!r}: write settings as key=value.")
     file = Path(asked.plan) if asked.plan.endswith(".yaml") else PLANS / f"{asked.plan}.yaml"
     if not file.is_file():
-        parser.error(f"there is no plan {file}: choose from {names}, or give a file.")
+        parser.error(f"there is no plan {asked.plan}: choose from {names}, or give a file.")
     out = (asked.out or RECORDS / file.stem).resolve()
     try:
-        plan = with_rates(load_plan(file, asked.only), out.parent, asked.settings)
+        plan = with_rates(load_plan(file, asked.only), out.parent)
         sweep = Sweep(plan, out, asked.settings, asked.jobs, **commands)
         sweep.read()
         if asked.report_only:
@@ -81,14 +91,15 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     if plan.waiting():
         print(f"left out until the grids of {plan.rates_from} are finished: {', '.join(plan.waiting())}.")
     if asked.dry_run:
-        print("\n".join(shlex.join(sweep.command(job)) for job in missing))
+        for job in missing:
+            print(shlex.join(["python", "train.py", *sweep.arguments(job)]))
         return 0
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "sweep.yaml").write_text(yaml.safe_dump({"command": command_of(words), "jobs": asked.jobs}, width=1000))
+        if missing:
+            note(out, words, asked.jobs)
         sweep.run()
         _report(plan, out, asked.figure)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -108,12 +119,27 @@ def _report(plan: Plan, out: Path, figure: Path | None) -> int:
         name: len({(job.lr, job.adam_lr) for job in plan.jobs({}) if job.optimizer == name}) for name in plan.optimizers
     }
     shown = write_page(plan.report, out, figure, plan.name, expected)
-    print(f"\n{shown}\n\nfigure {figure}\nrecords and report {out}")
+    print(f"\n{shown}\n\nfigure {short(figure)}\nrecords and report {short(out)}")
     return 0
+
+
+def note(out: Path, words: Sequence[str], jobs: int) -> None:
+    """Keep how the sweep was run beside its records: the last command, and the most runs that shared the machine."""
+    file = out / "sweep.yaml"
+    before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # data.path says something about this machine alone
+    words = ["data.path=DIR" if word.startswith("data.path=") else word for word in words]
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {"command": command_of(words), "jobs": max(jobs, before.get("jobs", 1))}
+    file.write_text(yaml.safe_dump(kept, width=1000), encoding="utf-8")
 
 
 def command_of(words: Sequence[str]) -> str:
     return shlex.join(["python", "scripts/sweep.py", *words])
+
+
+def short(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def _stop(number: int, _: Any) -> NoReturn:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from reporting import RECORD_FILES, load_run, units
+from reporting.records import lookup
 
 from .plan import Job, Plan
 
@@ -62,18 +63,19 @@ class Sweep:
         self.plan, self.out, self.settings, self.parallel = plan, out, list(settings), jobs
         self.trainer, self.evaluator = list(trainer), list(evaluator)
         self.results: dict[str, float] = {}
+        self.text: str | None = None  # fingerprint of the training text, the same for all
         self.failed: dict[str, str] = {}  # jobs given up, and why
         self.crashes: Counter[str] = Counter()
         self.running: dict[str, Running] = {}
         self.timed: list[float] = []
         self.began = time.monotonic()
 
-    def command(self, job: Job) -> list[str]:
+    def arguments(self, job: Job) -> list[str]:
+        """Of train.py."""
         # Relative to the repository where possible: records are committed, and paths of this machine say nothing.
         folder = self.out / job.name
         folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-        arguments = [f"experiment={self.plan.experiment}", *job.arguments(), f"run_dir={folder}", *self.settings]
-        return [*self.trainer, *arguments]
+        return [f"experiment={self.plan.experiment}", *job.arguments(), f"run_dir={folder}", *self.settings]
 
     def read(self) -> None:
         """Take in the records that are there.
@@ -102,6 +104,17 @@ class Sweep:
 
     def _take(self, job: Job) -> None:
         run = load_run(self.out / job.name)
+        text = lookup(run.environment, "data.train.listing_sha256")
+        if self.results and text != self.text:
+            raise ValueError(
+                f"{run.path} was trained on another text than the runs before it: give all the same data.path, or remove "
+                "that folder."
+            )
+        self.text = text
+        if math.isnan(run.perplexity):
+            raise ValueError(
+                f"{run.path}/summary.json has no perplexity: remove that folder, and the run is done again."
+            )
         for key, wanted in asked_for([*job.arguments(), *self.settings]).items():
             there = run.setting(key)
             if there != wanted and not (isinstance(wanted, float) and math.isclose(float(there or 0), wanted)):
@@ -117,7 +130,11 @@ class Sweep:
         ]
 
     def run(self) -> None:
-        """Train until the plan asks for nothing more; ``failed`` holds what could not be done."""
+        """Train until the plan asks for nothing more; ``failed`` holds what could not be done.
+
+        Raises:
+            RuntimeError: train.py refuses the first run by its settings.
+        """
         self.read()
         self.out.mkdir(parents=True, exist_ok=True)
         display = Display(self)
@@ -158,7 +175,7 @@ class Sweep:
         # A finished run that lacks an evaluation only needs that.
         folder = self.out / job.name
         owed = self._owed(folder) if (folder / "summary.json").is_file() else []
-        command = self._evaluation(folder, owed[0]) if owed else self.command(job)
+        command = self._evaluation(folder, owed[0]) if owed else [*self.trainer, *self.arguments(job)]
         self._log(job).parent.mkdir(parents=True, exist_ok=True)
         with self._log(job).open("wb") as log:
             return subprocess.Popen(
@@ -203,6 +220,10 @@ class Sweep:
         if self.crashes[job.name] < ATTEMPTS and code != 2:  # 2: the user's mistake, which a restart repeats
             return f"{what}; it starts again"
         tail = "\n".join(re.split(r"[\r\n]+", text.strip())[-15:])
+        if code == 2 and not self.timed:  # before any run has ended: it is the sweep that was asked for wrongly
+            raise RuntimeError(
+                f"{job.name} {what}, and so would the others; put it right. The end of its output:\n{tail}"
+            )
         self.failed[job.name] = f"{job.name} {what}; the end of {self._log(job)}:\n{tail}"
         return f"{what}; given up"
 

@@ -7,7 +7,8 @@ A plan is one of two kinds. A *grid* gives each optimizer matrix rates and rates
     seeds: [42]
     adam_lr: [0.006, 0.02, 0.06]
     lr: {adam: [0.0003, 0.001, 0.003], alice: [0.006, 0.02, 0.06]}
-    extend: 6                             # up to so many further rates on each side, until the best pair is interior
+    extend: 6                             # up to so many further rates on each side, until the best pair is interior,
+    near: 0.03                            # and every pair whose perplexity is at most so much (3 %) above the best
     more_seeds: [43, 44]                  # of the best pair alone
     settings: [trainer.log_every=20]      # of every run, for train.py
     settings_of: {alice: [optimizer.update_interval=12]}
@@ -37,7 +38,7 @@ from typing import Any
 import yaml
 
 KEYS = {
-    "title", "experiment", "models", "seeds", "adam_lr", "lr", "extend", "more_seeds", "settings", "settings_of",
+    "title", "experiment", "models", "seeds", "adam_lr", "lr", "extend", "near", "more_seeds", "settings", "settings_of",
     "rates_from", "variants", "evaluate", "report", "seconds",
 }  # fmt: skip
 VARIANT_KEYS = {"optimizer", "rates", "lr_factor", "adam_lr", "settings"}
@@ -75,6 +76,7 @@ class Plan:
     adam_lr: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
     lr: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extend: int = 0
+    near: float = 0.0
     more_seeds: tuple[int, ...] = ()
     settings: tuple[str, ...] = ()
     settings_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Plan:
         return None if math.isinf(_mean(jobs, pair, results)) else pair
 
     def interior(self, model: str | None, optimizer: str, results: Results) -> bool:
-        """Whether the best pair of the finished grid has worse neighbours on all four sides."""
+        """Whether the best pair of the finished grid has neighbours on all four sides, all of them worse."""
         jobs = [job for job in self._grid(model, optimizer, results) if job.seed in self.seeds]
         lr, adam_lr = _best(jobs, results)
         there = {(job.lr, job.adam_lr) for job in jobs}
@@ -131,16 +133,17 @@ class Plan:
         jobs = [at(*pair, seed) for seed in self.seeds for pair in pairs]
         yield from jobs
         while all(job.name in results for job in jobs):
-            lr, adam_lr = _best(jobs, results)
-            around = [(near, adam_lr) for near in ladders[0].neighbours(lr)]
-            around += [(lr, near) for near in ladders[1].neighbours(adam_lr)]
-            new = (
-                [at(*pair, seed) for seed in self.seeds for pair in around if pair not in pairs] if self.extend else []
-            )
-            if not new:
-                yield from (at(lr, adam_lr, seed) for seed in self.more_seeds if seed not in self.seeds)
+            best = _best(jobs, results)
+            limit = (1 + self.near) * _mean(jobs, best, results)
+            close = [pair for pair in pairs if _mean(jobs, pair, results) <= limit] if self.extend else []
+            around = [(rate, adam_lr) for lr, adam_lr in close for rate in ladders[0].neighbours(lr)]
+            around += [(lr, rate) for lr, adam_lr in close for rate in ladders[1].neighbours(adam_lr)]
+            around = [pair for pair in dict.fromkeys(around) if pair not in pairs]
+            if not around or math.isinf(limit):
+                yield from (at(*best, seed) for seed in self.more_seeds if seed not in self.seeds)
                 return
-            pairs += [pair for pair in around if pair not in pairs]
+            pairs += around
+            new = [at(*pair, seed) for seed in self.seeds for pair in around]
             jobs += new
             yield from new
 
@@ -175,8 +178,8 @@ class Ladder:
 
     def neighbours(self, rate: float) -> list[float]:
         """The next smaller and the next larger rate, as far as ``extend`` rates beyond the given ones."""
-        if not self.extend:
-            return []
+        if not self.extend or len(self.given) == 1:
+            return []  # a single rate is meant
         all_rates = self.rates()
         at = all_rates.index(rate)
         return [all_rates[i] for i in (at - 1, at + 1) if 0 <= i < len(all_rates)]
@@ -204,19 +207,32 @@ def load_plan(path: Path, only: list[str] | None = None) -> Plan:
     Raises:
         ValueError: a key, a rate or a name that a plan cannot have.
     """
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML ({str(error).splitlines()[0]}): correct it.") from error
     if not isinstance(given, dict) or not (given.keys() <= KEYS) or "experiment" not in given:
-        wrong = ", ".join(sorted(set(given) - KEYS)) if isinstance(given, dict) else "no mapping"
+        wrong = ", ".join(sorted(map(str, set(given) - KEYS))) if isinstance(given, dict) else "no mapping"
         raise ValueError(f"{path} is not a plan ({wrong or 'no experiment'}): its keys are {', '.join(sorted(KEYS))}.")
-    if ("lr" in given) == ("variants" in given):
+    if ("lr" in given) == ("variants" in given) or ("lr" in given) != ("adam_lr" in given):
         raise ValueError(f"{path} must have either lr and adam_lr (a grid) or variants and rates_from.")
+    if "variants" in given and "rates_from" not in given:
+        raise ValueError(f"{path} has variants but no rates_from: name the plan whose best rates they take.")
+    for key in ("models", "seeds", "more_seeds", "settings"):
+        if not isinstance(given.get(key, []), list):
+            raise ValueError(f"{path}: {key} must be a list, not {given[key]!r}: write [{given[key]}].")
+    for key in ("lr", "variants", "settings_of", "evaluate"):
+        if key in given and not (isinstance(given[key], dict) and given[key]):
+            raise ValueError(
+                f"{path}: {key} must be a mapping of names, not {given[key]!r}: fill it in, or leave it out."
+            )
     names = list(given.get("lr") or given["variants"])
     unknown = [name for name in only or [] if name not in names]
     if unknown:
         raise ValueError(f"{path.name} has no {', '.join(unknown)}: choose from {', '.join(names)}.")
     wanted = only or names
     values: dict[str, Any] = {
-        key: given[key] for key in ("experiment", "extend", "rates_from", "report", "seconds") if key in given
+        key: given[key] for key in ("experiment", "extend", "near", "rates_from", "report", "seconds") if key in given
     }
     for key in ("models", "seeds", "more_seeds", "settings"):
         if key in given:
@@ -242,9 +258,12 @@ def load_plan(path: Path, only: list[str] | None = None) -> Plan:
 
 
 def _rates(values: list[float], extend: int, path: Path) -> tuple[float, ...]:
-    rates = tuple(sorted(map(float, values)))
+    try:
+        rates = tuple(sorted(map(float, values)))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: rates must be a list of numbers, not {values!r}: correct them.") from None
     two_to_a_decade = all(math.isclose(high, 10 * low) for low, high in zip(rates, rates[2:], strict=False))
-    if extend and not (len(rates) > 1 and two_to_a_decade and rates[1] < 10 * rates[0]):
+    if extend and len(rates) > 1 and not (two_to_a_decade and rates[1] < 10 * rates[0]):
         raise ValueError(
             f"{path}: a grid that extends needs rates two to a decade, as 0.006, 0.02, 0.06, not {values}: "
             "change them, or leave extend out."

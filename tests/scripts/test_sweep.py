@@ -139,7 +139,7 @@ def test_a_run_that_crashes_once_is_started_again(sweep):
 
 
 @pytest.mark.parametrize(("exit_code", "times"), [(1, 3), (2, 1)])
-def test_a_run_that_keeps_crashing_is_given_up_and_the_others_go_on(sweep, exit_code, times):
+def test_a_run_that_keeps_failing_is_given_up_and_the_others_go_on(sweep, exit_code, times):
     (sweep.folder / "broken").write_text(f"alice-lr0.02 {exit_code}")
     code, printed, calls = sweep()
     assert code == 1 and names(calls).count("alice-lr0.02-adam0.005-s42") == times
@@ -148,6 +148,40 @@ def test_a_run_that_keeps_crashing_is_given_up_and_the_others_go_on(sweep, exit_
     assert printed.rstrip().endswith("some progress\nerror: the disk is full")
     (sweep.folder / "broken").unlink()
     assert names(sweep()[2]) == ["alice-lr0.02-adam0.005-s42"]
+
+
+def test_settings_that_train_refuses_stop_the_sweep_at_once(sweep):
+    (sweep.folder / "broken").write_text("alice 2")
+    code, printed, calls = sweep()
+    assert code == 1 and len(calls) == 1
+    assert "ended with exit code 2, and so would the others" in printed and "error: the disk is full" in printed
+
+
+def test_a_complete_sweep_leaves_its_notes_alone(sweep):
+    sweep("--jobs", "2", "data.path=somewhere/of/mine")
+    kept = (sweep.out / "sweep.yaml").read_bytes()
+    assert b"data.path=DIR" in kept and b"mine" not in kept and b"jobs: 2" in kept
+    sweep("--only", "alice")
+    assert (sweep.out / "sweep.yaml").read_bytes() == kept
+    (sweep.out / "alice-lr0.02-adam0.005-s42" / "summary.json").unlink()
+    sweep("--only", "alice")
+    assert b"jobs: 2" in (sweep.out / "sweep.yaml").read_bytes()  # the most that shared the machine
+
+
+def test_a_record_of_another_text_is_refused(sweep):
+    sweep("--only", "alice")
+    file = sweep.out / "alice-lr0.02-adam0.005-s42" / "environment.json"
+    values = json.loads(file.read_text())
+    values["data"]["train"]["listing_sha256"] = "another"
+    file.write_text(json.dumps(values))
+    code, printed, calls = sweep()
+    assert code == 1 and calls == [] and "was trained on another text" in printed
+
+
+def test_a_word_that_is_no_setting_is_refused(sweep, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sweep("foo")
+    assert stopped.value.code == 2 and "cannot read 'foo': write settings as key=value" in capsys.readouterr().err
 
 
 def test_two_at_once_share_the_cores(sweep):

@@ -60,6 +60,23 @@ def test_a_grid_gives_up_growing_after_so_many_rates():
     assert max(job.lr for job in plan.jobs(results)) == 0.6 and not plan.interior(None, "alice", results)
 
 
+def test_a_single_rate_does_not_grow():
+    plan = replace(GRID, adam_lr=(0.001,))
+    assert {job.adam_lr for job in plan.jobs(play(plan, bowl(0.2, 0.02)))} == {0.001}
+    assert plan.best(None, "alice", play(plan, bowl(0.2, 0.02))) == (0.2, 0.001)
+
+
+def test_a_ridge_that_runs_past_the_cross_around_the_best_pair_is_followed():
+    valley = {(0.02, 0.02): 50.0, (0.06, 0.06): 51.0, (0.2, 0.06): 45.0}
+    surface = lambda job: valley.get((job.lr, job.adam_lr), 60.0)  # noqa: E731
+    assert GRID.best(None, "alice", play(GRID, surface)) == (0.02, 0.02)
+    near = replace(GRID, near=0.03)
+    results = play(near, surface)
+    assert near.best(None, "alice", results) == (0.2, 0.06) and near.interior(None, "alice", results)
+    nearer = replace(GRID, near=0.01)  # 51 is more than 1 % above 50
+    assert nearer.best(None, "alice", play(nearer, surface)) == (0.02, 0.02)
+
+
 def test_a_pair_that_diverged_counts_as_worse():
     results = play(GRID, lambda job: math.inf if job.lr > 0.02 else bowl(0.02, 0.02)(job))
     assert GRID.best(None, "alice", results) == (0.02, 0.02) and len(results) == 9
@@ -120,13 +137,25 @@ def write(tmp_path, **changes):
         ({"experiment": None}, "no experiment"),
         ({"variants": {"alice": {}}}, "either lr and adam_lr"),
         ({"extend": 2, "adam_lr": [0.001, 0.005, 0.02]}, "two to a decade"),
-        ({"extend": 2, "adam_lr": [0.02]}, "two to a decade"),
-        ({"lr": None, "adam_lr": None, "variants": {"alice": {"setting": []}}}, "a variant has no setting"),
+        ({"extend": 2, "adam_lr": [0.02, 0.2]}, "two to a decade"),
+        ({"lr": None, "adam_lr": None, "variants": {"alice": {"x": []}}, "rates_from": "r"}, "a variant has no x"),
+        ({"lr": None, "adam_lr": None, "variants": {"alice": {}}}, "no rates_from"),
+        ({"adam_lr": None}, "either lr and adam_lr"),
+        ({"lr": {}}, "lr must be a mapping"),
+        ({"seeds": 42}, "seeds must be a list, not 42: write \\[42\\]"),
+        ({"adam_lr": ["x"]}, "rates must be a list of numbers"),
+        ({"lr": {"alice": 0.02}}, "rates must be a list of numbers"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_plan(write(tmp_path, **changes))
+
+
+def test_a_plan_that_is_not_yaml_is_refused(tmp_path):
+    (tmp_path / "plan.yaml").write_text("lr: [1, 2")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_plan(tmp_path / "plan.yaml")
 
 
 def test_only_what_is_asked_for(tmp_path):

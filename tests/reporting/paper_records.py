@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from reporting.paper.cells import EXPERIMENTS
-from reporting.paper.records import wanted
+from reporting.paper.records import expected
 
 from .synthetic import TOKENS_PER_STEP, write_run
 
@@ -46,7 +46,7 @@ def write_cell(
         **how,
     )
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    for key, value in (wanted(about) | {"trainer.steps": steps} | (settings or {})).items():
+    for key, value in (expected(about) | {"trainer.steps": steps} | (settings or {})).items():
         part, name = key.split(".")
         config[part][name] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -173,6 +173,28 @@ def test_other_experiments_do_not_count_for_a_cell(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- speed, basis
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.adam_lr", 0.001),
+        ("optimizer.initial_basis", "gaussian"),
+        ("optimizer.bias_correction", True),
+        ("optimizer.update_times", "zero_based"),
+        ("optimizer.limiter", 2),
+        ("optimizer.weight_decay", 0.1),
+        ("trainer.precision", "fp32"),
+        ("trainer.grad_clip", 1.0),
+        ("model.num_hidden_layers", 2),
+    ],
+)
+def test_a_run_that_changes_what_the_paper_leaves_open_is_not_the_cells_number(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = write_cell(tmp_path, "table2/alice_60m", settings={key: value})
+    [reason] = misfits(load_run(folder), EXPERIMENTS["table2/alice_60m"])
+    assert key.rpartition(".")[2] in reason and f"{value}" in reason
+
+
 def test_speedups_of_records(tmp_path: Path) -> None:
     candidate = load_run(write_cell(tmp_path, "table2/alice_60m_candidate", perplexity=28.0))
     assert speed.our_speedup(PAPER, "alice", "60M", tmp_path) is None  # no Adam yet

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .paper.numbers import first_evaluation
+from .curves import first_evaluation, shared_curve
 from .records import Run, lookup
 from .sides import Side, budget, facts, is_number, last_step, runs_at_once, settings, state, value_text
 from .statistics import RULE, Welch, against_reference, deviation, final_losses, mean
@@ -221,19 +221,13 @@ Curve = dict[int, tuple[float, float]]  # step -> training tokens, validation lo
 def _curve(side: Side) -> Curve:
     """The mean over seeds of validation losses, at the steps that all of them have, of runs as far as possible alike."""
     going = [run for run in side.runs if run.diverged is None and math.isnan(run.perplexity)]
-    curves: list[Curve] = []
-    for run in side.ended or going or side.runs:
-        perplexity = run.evals["perplexity"]
-        good = np.isfinite(perplexity) & (perplexity > 0)
-        steps = run.evals["step"][good]
-        losses = np.log(perplexity[good])
-        points = zip(steps, run.training_tokens(steps), losses, strict=True)
-        curves.append({int(step): (float(tokens), float(loss)) for step, tokens, loss in points})
-    shared = [step for step in curves[0] if all(step in curve for curve in curves)]
-    return {
-        step: (statistics.fmean(curve[step][0] for curve in curves), statistics.fmean(c[step][1] for c in curves))
-        for step in shared
-    }
+    runs = side.ended or going or side.runs
+    steps, perplexities = shared_curve(runs)
+    good = (np.isfinite(perplexities) & (perplexities > 0)).all(axis=0)
+    steps, losses = steps[good], np.log(perplexities[:, good])
+    tokens = np.array([run.training_tokens(steps) for run in runs])
+    columns = zip(steps, tokens.T, losses.T, strict=True)
+    return {int(step): (statistics.fmean(seen), statistics.fmean(loss)) for step, seen, loss in columns}
 
 
 def _same_pace(a: Curve, b: Curve) -> bool:

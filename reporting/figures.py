@@ -5,44 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import units
+from . import style, units
 from .records import Run, load_run
 from .summary import by_optimizer, cells, mean_perplexity, ranking, selection_perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart; each method keeps its colour in every figure.
-_COLOURS = {"alice": "#0072B2", "racs": "#009E73", "muon": "#E69F00", "adam": "#4D4D4D", "alice_0": "#56B4E9"}
-_SPARE_COLOURS = ("#D55E00", "#CC79A7", "#B8A000", "#7A4FB5", "#8C564B")
-_MARKERS = {"alice": "o", "racs": "s", "muon": "^", "adam": "D", "alice_0": "P"}
-_SPARE_MARKERS = ("v", "X", "h", "<", ">")
-_GREY = "#6B6B6B"
-_DPI = 200  # a 9-inch figure shows sharp at a README's 900 pixels, also on dense screens
-
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "axes.titlelocation": "left",
-}
 
 
 def training_picture(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -59,39 +32,39 @@ def training_picture(run_dir: str | Path, out: str | Path | None = None) -> Path
     run = load_run(run_dir)
     if len(run.train["step"]) == 0:
         raise ValueError(f"{run.path}/metrics.jsonl holds no training steps yet: draw it after the first ones.")
-    figure, rc = _figure(9.0, 4.3)
+    figure, rc = style.figure(9.0, 4.3)
     with rc:
         grid = figure.add_gridspec(2, 2, width_ratios=[2.5, 1])
         main, rates, norm = (figure.add_subplot(grid[spot]) for spot in ((slice(None), 0), (0, 1), (1, 1)))
         _draw_perplexity(main, run)
         tokens = run.train["tokens"]
         _draw_rates(rates, run)
-        norm.plot(tokens, run.train["grad_norm"], color=_COLOURS["alice"], alpha=0.35, linewidth=0.7)
+        norm.plot(tokens, run.train["grad_norm"], color=style.BLUE, alpha=0.35, linewidth=0.7)
         norm.plot(
             tokens,
             np.exp(_smooth(np.log(np.maximum(run.train["grad_norm"], 1e-30)))),
-            color=_COLOURS["alice"],
+            color=style.BLUE,
             linewidth=1.3,
         )
         norm.set_title("gradient norm")
         finite = run.train["grad_norm"][np.isfinite(run.train["grad_norm"])]
         if len(finite) and finite.min() > 0:
-            _log_axis(norm, finite.min() * 0.9, finite.max() * 1.1)
+            style.log_axis(norm, finite.min() * 0.9, finite.max() * 1.1)
         for axes in (main, rates, norm):
             axes.set_xlim(0, tokens[-1] * 1.015)
             axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
         rates.tick_params(labelbottom=False)
         main.set_xlabel("training tokens")
         norm.set_xlabel("training tokens")
-        figure.suptitle(_headline(run), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
-        path = _save(figure, Path(out) if out is not None else run.path / "training.png")
+        style.title(figure, _headline(run))
+        path = style.save(figure, Path(out) if out is not None else run.path / "training.png")
     return path
 
 
 def _draw_perplexity(axes: Axes, run: Run) -> None:
     """Training as exp(loss), validation, and the n-gram references, on one logarithmic axis."""
     tokens, loss = run.train["tokens"], run.train["loss"]
-    colour, reference = _COLOURS["alice"], _COLOURS["muon"]
+    colour, reference = style.BLUE, style.ORANGE
     smooth = _smooth(loss)
     axes.plot(tokens, np.exp(np.minimum(loss, 700)), color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(tokens, np.exp(np.minimum(smooth, 700)), color=colour, linewidth=1.4, label="training (smoothed)")
@@ -99,13 +72,15 @@ def _draw_perplexity(axes: Axes, run: Run) -> None:
 
     x, y = run.training_tokens(run.evals["step"]), run.evals["perplexity"]
     if len(x):
-        axes.plot(x, y, color="#D55E00", marker="o", markersize=4, linewidth=1.4, label="validation", clip_on=False)
+        axes.plot(
+            x, y, color=style.VERMILION, marker="o", markersize=4, linewidth=1.4, label="validation", clip_on=False
+        )
         shown.append(y[np.isfinite(y)])
     references = _references(run)
     values = np.concatenate([*shown, np.array([value for _, value in references])])
     values = values[np.isfinite(values) & (values > 0)]
     low, high = (values.min(), values.max()) if len(values) else (1.0, 10.0)
-    _log_axis(axes, low * 0.88, high * 1.1)
+    style.log_axis(axes, low * 0.88, high * 1.1)
     for name, value in references:
         axes.axhline(value, color=reference, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
@@ -142,7 +117,7 @@ def _draw_rates(axes: Axes, run: Run) -> None:
     tokens, lr, adam_lr = (run.train[key] for key in ("tokens", "lr", "adam_lr"))
     if not np.isfinite(lr).any():
         return
-    axes.plot(tokens, lr, color=_COLOURS["alice"], linewidth=1.4)
+    axes.plot(tokens, lr, color=style.BLUE, linewidth=1.4)
     peak = int(np.nanargmax(lr))
     two = np.isfinite(adam_lr).any() and not np.allclose(lr, adam_lr, equal_nan=True)
     axes.annotate(
@@ -151,18 +126,18 @@ def _draw_rates(axes: Axes, run: Run) -> None:
         xytext=(4, 5),
         textcoords="offset points",
         fontsize=8,
-        color=_COLOURS["alice"],
+        color=style.BLUE,
         va="bottom",
     )
     if two:
-        axes.plot(tokens, adam_lr, color=_COLOURS["adam"], linewidth=1.4)
+        axes.plot(tokens, adam_lr, color=style.DARK, linewidth=1.4)
         axes.annotate(
             "the rest (Adam)",
             (tokens[peak], adam_lr[peak]),
             xytext=(4, 5),
             textcoords="offset points",
             fontsize=8,
-            color=_COLOURS["adam"],
+            color=style.DARK,
             va="bottom",
         )
     axes.set_title("learning rate")
@@ -195,27 +170,21 @@ def comparison_figure(runs: Iterable[Run], out: str | Path) -> Path:
         raise ValueError("None of these runs has ended, so there is nothing to compare: let at least one finish.")
     best = ranking(run for group in methods.values() for run in group)
     ranked = list(best)
-    figure, rc = _figure(9.0, 4.3)
+    figure, rc = style.figure(9.0, 4.3)
     with rc:
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
         _draw_best_curves(left, best)
         _draw_rate_dependence(right, ranked, methods)
         some = methods[ranked[0]][0]
-        figure.suptitle(
-            f"{some.model}, data: {some.data}: final validation perplexity, lower is better",
-            x=0.01,
-            ha="left",
-            fontsize=10.5,
-            fontweight="bold",
-        )
-        path = _save(figure, Path(out))
+        style.title(figure, f"{some.model}, data: {some.data}: final validation perplexity, lower is better")
+        path = style.save(figure, Path(out))
     return path
 
 
 def _draw_best_curves(axes: Axes, best: dict[str, list[Run]]) -> None:
     shown: list[float] = []
     for index, (name, runs) in enumerate(best.items()):
-        colour, marker = _look(name, index)
+        colour, marker = style.look(name, index)
         rates = f"{units.optimizer_name(name)}  lr {runs[0].lr:g}, adam {runs[0].adam_lr:g}"
         steps = runs[0].evals["step"]
         curves = [run.evals["perplexity"] for run in runs if np.array_equal(run.evals["step"], steps)]
@@ -233,7 +202,7 @@ def _draw_best_curves(axes: Axes, best: dict[str, list[Run]]) -> None:
     bigram = [value for name, value in _references(next(iter(best.values()))[0]) if name == "bigram"]
     values = shown + bigram
     if values:
-        _log_axis(axes, *_padded(min(values), max(values)))
+        style.log_axis(axes, *_padded(min(values), max(values)))
     _draw_bigram(axes, bigram, side="left")
     axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
     axes.set_xlabel("training tokens")
@@ -265,12 +234,14 @@ def _draw_rate_dependence(axes: Axes, ranked: Sequence[str], methods: dict[str, 
         min([*finite, *bigram], default=1.0),
         max([*lines, *bigram, float(np.percentile(finite, 80)) if finite else 10.0]),
     )
-    _log_axis(axes, low, top)
+    style.log_axis(axes, low, top)
+    if top < 4 * low:  # round numbers at equal differences reach both ends of so short an axis
+        style.even_ticks(axes.yaxis, low, top)
     _draw_bigram(axes, bigram, side="right")
     beyond = False
     places = sorted({adam_lr for points in through.values() for adam_lr in points})
     for index, name in enumerate(ranked):
-        colour, marker = _look(name, index)
+        colour, marker = style.look(name, index)
         # A little aside for each optimizer, so that points of equal rates do not hide each other.
         aside = 1.045 ** (index - (len(ranked) - 1) / 2)
         for (_, adam_lr), y in grids[name].items():
@@ -330,7 +301,7 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 def _draw_bigram(axes: Axes, values: Sequence[float], side: Literal["left", "right"]) -> None:
     for value in values:
-        axes.axhline(value, color=_GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(value, color=style.GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             f"bigram {units.perplexity(value)}",
             (0.02 if side == "left" else 0.99, value),
@@ -338,7 +309,7 @@ def _draw_bigram(axes: Axes, values: Sequence[float], side: Literal["left", "rig
             xytext=(0, 2),
             textcoords="offset points",
             fontsize=8,
-            color=_GREY,
+            color=style.GREY,
             ha=side,
             va="bottom",
         )
@@ -352,11 +323,6 @@ def _references(run: Run) -> list[tuple[str, float]]:
         for name in ("unigram", "bigram")
         if summary.get(f"{name}_perplexity")
     ]
-
-
-def _look(name: str, index: int) -> tuple[str, str]:
-    spare = index % len(_SPARE_COLOURS)
-    return _COLOURS.get(name, _SPARE_COLOURS[spare]), _MARKERS.get(name, _SPARE_MARKERS[spare])
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -374,48 +340,3 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     counts = np.concatenate([[0], np.cumsum(known)])
     mean = (sums[last + 1] - sums[first]) / np.maximum(counts[last + 1] - counts[first], 1)
     return np.where(known, mean, math.nan)
-
-
-def _log_axis(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic y axis from `low` to `high` with round numbers at readable distances."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    steps: tuple[float, ...]
-    for steps in (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 1.5, 2, 3, 5, 7),
-        tuple(np.arange(1, 10, 0.5)),
-        tuple(np.arange(1, 10, 0.1)),
-        tuple(np.arange(1, 10, 0.02)),
-    ):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-        if len(ticks) >= 4:
-            break
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    """An empty figure and the context that styles what is drawn on it; no global state, no window."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib, which is not installed: pip install matplotlib.") from error
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure, matplotlib.rc_context(_STYLE)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No date and no version inside: the same record gives the same bytes.
-    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
-    return path

@@ -18,8 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import units
-from .figures import _GREY, _figure, _save
+from . import style, units
 from .records import Run
 from .summary import Rates, best_cell, by_optimizer, cells, findings, grid_table, selection_perplexity
 
@@ -28,24 +27,24 @@ if TYPE_CHECKING:
 
 SPEED_FORMAT = 1  # of speed.json
 
-# As docs/optimizers.md groups them; the colour is of Okabe and Ito's palette.
+# As docs/optimizers.md groups them, with colours of their own: they are no methods.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "the paper's own": ("#0072B2", ("racs", "racs_no_ema", "alice", "alice_0", "eigen_adam", "low_rank_soap")),
+    "the paper's own": (style.BLUE, ("racs", "racs_no_ema", "alice", "alice_0", "eigen_adam", "low_rank_soap")),
     "low-rank relatives": (
-        "#D55E00",
+        style.VERMILION,
         ("galore", "galore_8bit", "fira", "fira_plus", "apollo", "apollo_mini", "apollo_svd"),
     ),
     "block-diagonal, normalizing": (
-        "#009E73",
+        style.GREEN,
         ("normalization", "whitening", "swan", "muon", "muon_paper", "lars", "lamb"),
     ),
-    "Kronecker and eigenspace": ("#CC79A7", ("shampoo", "soap", "soap_factored")),
+    "Kronecker and eigenspace": (style.PINK, ("shampoo", "soap", "soap_factored")),
     "element-wise": (
-        "#4D4D4D",
+        style.DARK,
         ("sgd", "adam", "adamw", "adam_8bit", "adam_mini", "adafactor", "lion", "signum", "sophia_g", "sophia_h"),
     ),
 }
-_OTHER = ("other", "#B8A000")
+_OTHER = ("other", style.OLIVE)
 
 _COLUMNS = (
     ("Optimizer", ":--"),
@@ -339,7 +338,7 @@ def survey_figure(
     if all(entry.best is None for entry in rows):
         raise ValueError("None of these runs has ended, so there is nothing to draw: let at least one finish.")
     timed = any(entry.speed is not None for entry in rows)
-    figure, rc = _figure(9.0, 1.35 + 0.215 * len(rows))
+    figure, rc = style.figure(9.0, 1.35 + 0.215 * len(rows))
     with rc:
         panels = figure.subplots(1, 3 if timed else 2, sharey=True, width_ratios=[2.3, 1, 1] if timed else [2.3, 1])
         _draw_perplexities(panels[0], rows)
@@ -354,12 +353,9 @@ def survey_figure(
             panel.tick_params(axis="y", length=0)
             panel.grid(axis="x", which="minor", visible=False)
         some = next(run for run in runs if not math.isnan(run.perplexity))
-        figure.suptitle(
+        style.title(
+            figure,
             f"{some.model}, data: {some.data}, {some.setting('trainer.steps')} steps: validation perplexity, lower is better",
-            x=0.01,
-            ha="left",
-            fontsize=10.5,
-            fontweight="bold",
         )
         used = {entry.family: None for entry in rows}
         order = {
@@ -373,7 +369,7 @@ def survey_figure(
         figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), columnspacing=1.4, handletextpad=0.1
         )
-        path = _save(figure, Path(out))
+        path = style.save(figure, Path(out))
     return path
 
 
@@ -440,10 +436,10 @@ def _stem(axes: Axes, place: int, start: float, end: float, look: str) -> None:
 def _adam_line(axes: Axes, rows: Sequence[Entry], value: Any) -> None:
     x = next((value(entry) for entry in rows if entry.name == "adam"), None)
     if x is not None and math.isfinite(x):
-        axes.axvline(x, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(x, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         place = len(rows) - 0.15
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.text(x, place, "Adam", fontsize=7, color=_GREY, ha="center", va="bottom", bbox=box, zorder=6)
+        axes.text(x, place, "Adam", fontsize=7, color=style.GREY, ha="center", va="bottom", bbox=box, zorder=6)
 
 
 def _log_x(axes: Axes, low: float, high: float) -> None:

@@ -23,6 +23,7 @@ import yaml  # noqa: E402
 from reporting.fair.figures import available, draw  # noqa: E402
 from reporting.fair.page import page, write  # noqa: E402
 from reporting.fair.records import Asked, Plans, load_fair  # noqa: E402
+from reporting.paper.page import sections  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
 
 PLANS = ROOT / "configs" / "sweep"
@@ -84,7 +85,7 @@ def _noted(folder: Path) -> tuple[str, int] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=ROOT / "results" / "runs", help="default results/runs")
+    parser.add_argument("--records", type=Path, help="default results/runs")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "fair", help="of the page; default results/fair")
     parser.add_argument(
         "--figures", type=Path, default=ROOT / "results" / "figures" / "fair", help="default results/figures/fair"
@@ -93,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; exit 1 if the page disagrees with the records"
     )
     asked = parser.parse_args(argv)
-    records, out, figures = (path.resolve() for path in (asked.records, asked.out, asked.figures))
+    if asked.records is not None and not asked.records.is_dir():
+        print(f"error: --records {asked.records} is not a folder: name the one that holds the sweeps.", file=sys.stderr)
+        return 2
+    records = (asked.records or ROOT / "results" / "runs").resolve()
+    out, figures = asked.out.resolve(), asked.figures.resolve()
     try:
         fair = load_fair(records, plans(records, PLANS))
         names = available(fair)
@@ -119,20 +124,17 @@ def _check(file: Path, text: str, pictures: Sequence[Path]) -> int:
     if not file.is_file():
         print(f"error: {shown(file)} is missing: {again}.", file=sys.stderr)
         return 1
-    there, made = by_heading(file.read_text(encoding="utf-8")), by_heading(text)
+    there, made = sections(file.read_text(encoding="utf-8")), sections(text)
     wrong = [title for title in dict.fromkeys([*made, *there]) if made.get(title) != there.get(title)]
     for title in wrong:
         print(f'error: {shown(file)}, "{title}": disagrees with the records: {again}.', file=sys.stderr)
     missing = [path for path in pictures if not path.is_file()]
     for path in missing:
         print(f"error: {shown(path)} is missing: {again}.", file=sys.stderr)
-    return 1 if wrong or missing else 0
-
-
-def by_heading(text: str) -> dict[str, str]:
-    """The sections of a page by their headings."""
-    parts = re.split(r"^##? (.*)$", text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    if wrong or missing:
+        return 1
+    print(f"{shown(file)} and {len(pictures)} pictures: the page agrees with the records.")
+    return 0
 
 
 def shown(path: Path) -> Path:

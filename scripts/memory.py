@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,66 +27,30 @@ import yaml  # noqa: E402
 
 from data.errors import UserError  # noqa: E402
 from optimizers import METHODS  # noqa: E402
-from optimizers.memory import CONVENTIONS, PAPER_STATES, RANKS, gib  # noqa: E402
+from optimizers.memory import CONVENTIONS, PAPER_STATES, RANKS  # noqa: E402
 from pretraining import memory as planner  # noqa: E402
 from reporting import units  # noqa: E402
+from reporting.paper.cost import METHODS as ROWS  # noqa: E402
+from reporting.paper.cost import MODELS, memory_of, printed_memory, shape_of, table3_cells  # noqa: E402
+from reporting.paper.numbers import SIZES as PAPER_SIZES  # noqa: E402
+from reporting.paper.numbers import load_paper  # noqa: E402
 
-PAPER = ROOT / "results" / "paper" / "tables.json"
 CONFIGS = ROOT / "configs"
 
 LAST_LAYERS = ("candidate", "adam")
-# Our names for the paper's sizes and rows.
-SIZES = {"llama_60m": "60M", "llama_130m": "130M", "llama_350m": "350M", "llama_1b": "1.3B"}
-ROWS = ("adam", "galore", "fira", "apollo_mini", "apollo_svd", "racs", "alice_0", "alice")
-MODELS = (*SIZES, "llama_7b")
+# Our names -> the paper's sizes. Table 3 has no 7B.
+SIZES = {MODELS[size]: size for size in PAPER_SIZES}
 OPTIMIZERS = (*ROWS, "apollo", "muon")
 PLANNED = ("adam", "galore", "alice", "racs")
-# Cells outside Table 3: where they are printed -> row, optimizer, model, all with Adam on the last layer.
-ELSEWHERE = {
-    "Table 4": (
-        ("Apollo (7B)", "apollo", "llama_7b"),
-        ("Apollo-mini (7B)", "apollo_mini", "llama_7b"),
-        ("RACS (1B)", "racs", "llama_1b"),
-        ("Alice (1B)", "alice", "llama_1b"),
-    ),
-    "ICLR version": (("Muon (1.3B)", "muon", "llama_1b"),),
-}
 
 Cells = dict[tuple[str, str, str], float]  # (optimizer, model, last layer) -> GiB
 
 
-def shape_of(model: str) -> dict[str, Any]:
-    """The numbers of configs/model/."""
-    return yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text())
-
-
 def compute(optimizers: Sequence[str], models: Sequence[str], convention: str) -> Cells:
-    shapes = {model: shape_of(model) for model in models}
     try:
-        return {
-            (name, model, last): gib(name, shapes[model], last, convention)
-            for name in optimizers
-            for model in models
-            for last in LAST_LAYERS
-        }
+        return memory_of(product(optimizers, models, LAST_LAYERS), convention)
     except ValueError as error:
         raise UserError(f"{error}.") from error
-
-
-def printed() -> Cells:
-    """The memory that the paper prints, in Table 3, in Table 4 and in the ICLR version."""
-    tables = json.loads(PAPER.read_text())
-    cells: Cells = {}
-    for name in ROWS:
-        row = tables["table3"]["rows"][units.optimizer_name(name)]
-        for i, model in enumerate(SIZES):
-            for j, last in enumerate(LAST_LAYERS):
-                if row[2 * i + j] is not None:
-                    cells[name, model, last] = row[2 * i + j]
-    for row, name, model in ELSEWHERE["Table 4"]:
-        cells[name, model, "adam"] = tables["table4"]["rows"][row][0]
-    cells["muon", "llama_1b", "adam"] = tables["iclr2026"]["muon"]["mem_1.3B_G"]
-    return cells
 
 
 def table(ours: Cells, paper: Cells) -> str:
@@ -110,19 +75,27 @@ def _cell(paper: float | None, ours: float) -> str:
     return f"{paper:5.2f} {number} " + (f"{difference:+6.2f}* " if abs(difference) > 0.004 else f"{'0':>6}  ")
 
 
-def report(ours: Cells, paper: Cells, convention: str, models: Sequence[str]) -> str:
+def report(ours: Cells, convention: str, models: Sequence[str]) -> str:
     """The table of these models, how many printed cells come out, and the cells that are printed elsewhere."""
-    lines = [f"Weights and optimizer states in GiB, BF16, {convention} convention (* differs from the print)", ""]
+    printed = load_paper()
+    paper = printed_memory(printed)
+    lines = [
+        f"Weights and optimizer states in GiB, BF16, {convention} convention (* differs from the print)",
+        "Last layer: candidate, the method itself trains it; adam, Adam trains it (the paper's starred columns)",
+        "",
+    ]
     lines += [table({key: value for key, value in ours.items() if key[1] in models}, paper), ""]
-    compared = {key: value for key, value in paper.items() if key in ours and key[0] in ROWS and key[1] in SIZES}
+    of_table_3 = list(paper)[: len(table3_cells(printed))]
+    compared = [key for key in of_table_3 if key in ours]
     if compared:
-        equal = sum(round(ours[key], 2) == value for key, value in compared.items())
+        equal = sum(round(ours[key], 2) == paper[key] for key in compared)
         lines.append(f"Table 3: {equal} of {len(compared)} printed cells are equal.")
-    for where, rows in ELSEWHERE.items():
-        for row, name, model in rows:
-            key = (name, model, "adam")
-            if key in ours:
-                lines.append(f"{where}, {row}: {_cell(paper[key], ours[key]).strip()}")
+    for key in list(paper)[len(of_table_3) :]:
+        if key in ours:
+            name, model, _ = key
+            where = "ICLR version" if name == "muon" else "Table 4"
+            size = next(size for size, known in MODELS.items() if known == model)
+            lines.append(f"{where}, {units.optimizer_name(name)} ({size}): {_cell(paper[key], ours[key]).strip()}")
     return "\n".join(lines)
 
 
@@ -159,7 +132,7 @@ def plan(gpu: int, optimizers: Sequence[str], models: Sequence[str]) -> str:
         return f"{model if first else '':14}{precision:12}" + "".join(f"{cell or '-':>{width}}" for cell in cells)
 
     lines += [row(model, precision, False) for model in models for precision in planner.PRECISIONS]
-    lines += ["", "with trainer.layerwise (gradients freed inside the backward pass), not available yet"]
+    lines += ["", "with trainer.layerwise (gradients freed inside the backward pass), not available yet", lines[2]]
     lines += [row(model, "bf16", True) for model in models]
     return "\n".join([*lines, "", allowance(gpu)])
 
@@ -235,36 +208,51 @@ def names(asked: str | None, default: Sequence[str], known: Sequence[str], what:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--convention", choices=CONVENTIONS, default="exact", help="how bytes are counted; default exact"
-    )
+    parser.add_argument("--convention", choices=CONVENTIONS, help="how bytes are counted; default exact")
     parser.add_argument("--optimizers", "--optimizer", help="config names, as in alice,racs; or all")
     parser.add_argument("--models", "--model", help="config names, as in llama_60m,llama_1b; or all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--gpu", metavar="SIZE", help="what fits on a GPU of this size, as in 24GB")
-    parser.add_argument("--precision", choices=planner.PRECISIONS, default="bf16", help="of one cell with --gpu")
+    parser.add_argument(
+        "--precision", choices=planner.PRECISIONS, help="with --gpu, of one model and one optimizer; default bf16"
+    )
     asked = parser.parse_args(argv)
-    counted: Mapping[str, Any] = PAPER_STATES if asked.convention == "paper" else METHODS
     try:
-        models = names(asked.models, MODELS, tuple(RANKS), "model")
+        models = names(asked.models, tuple(MODELS.values()), tuple(RANKS), "model")
         if asked.gpu is not None:
-            if asked.json:
-                raise UserError("--json holds weights and states only: leave --gpu out.")
-            gpu = bytes_of(asked.gpu)
-            optimizers = names(asked.optimizers, PLANNED, tuple(planner.STEP_COPIES), "optimizer of the planner")
-            one = len(models) == len(optimizers) == 1
-            print(detail(gpu, optimizers[0], models[0], asked.precision) if one else plan(gpu, optimizers, models))
+            print(fitting(asked, models))
             return 0
+        if asked.precision:
+            raise UserError("--precision belongs to --gpu: weights and states are counted in BF16.")
+        convention = asked.convention or "exact"
+        counted: Mapping[str, Any] = PAPER_STATES if convention == "paper" else METHODS
         known = tuple(name for name in counted if name != "any")  # a class of the user's
-        optimizers = names(asked.optimizers, OPTIMIZERS, known, f"optimizer of the {asked.convention} convention")
-        cells = compute(optimizers, models, asked.convention)
-        print(report(cells, printed(), asked.convention, models if asked.models else tuple(SIZES)))
+        optimizers = names(asked.optimizers, OPTIMIZERS, known, f"optimizer of the {convention} convention")
+        cells = compute(optimizers, models, convention)
+        print(report(cells, convention, models if asked.models else tuple(SIZES)))
         if asked.json:
             write(asked.json, cells)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def fitting(asked: argparse.Namespace, models: Sequence[str]) -> str:
+    """What --gpu prints: one cell in detail, or the table."""
+    if asked.json:
+        raise UserError("--json holds weights and states only: leave --gpu out.")
+    if asked.convention:
+        raise UserError("--gpu estimates what our optimizers allocate: leave --convention out.")
+    gpu = bytes_of(asked.gpu)
+    optimizers = names(asked.optimizers, PLANNED, tuple(planner.STEP_COPIES), "optimizer of the planner")
+    if len(models) == len(optimizers) == 1:
+        return detail(gpu, optimizers[0], models[0], asked.precision or "bf16")
+    if asked.precision:
+        raise UserError(
+            "the table of --gpu shows every precision: leave --precision out, or name one --model and one --optimizer."
+        )
+    return plan(gpu, optimizers, models)
 
 
 def write(path: Path, cells: Cells) -> None:

@@ -229,7 +229,8 @@ def refresh(root: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*WHAT, "all"])
+    # nargs: without it a missing table would be reported as a missing key=value too
+    parser.add_argument("what", nargs="?", type=_what, help=f"{', '.join(WHAT)} or all")
     parser.add_argument(
         "--size", type=_some(SIZES), default=list(SIZES), help="60m, 130m, 350m, 1b; several as in 60m,1b"
     )
@@ -244,6 +245,8 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence
     parser.add_argument("--dry-run", action="store_true", help="stop after the estimate")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for train.py")
     asked = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    if asked.what is None:
+        parser.error(f"nothing is asked for: choose from {', '.join(WHAT)}, all.")
     for setting in asked.settings:
         key, equals, _ = setting.partition("=")
         if not equals:
@@ -285,6 +288,16 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence
     if not refreshed:
         print("error: the tables could not be refreshed; run scripts/tables.py", file=sys.stderr)
     return 0 if refreshed and not failed else 1
+
+
+def _what(text: str) -> str:
+    if text in ("figure1", "figure2", "figure3"):
+        raise argparse.ArgumentTypeError("Figures 1 to 3 show runs of Table 2: ask for table2.")
+    if text in ("table1", "table3", "table6", "figure4"):
+        raise argparse.ArgumentTypeError(f"{text} needs no training: scripts/tables.py makes it.")
+    if text not in (*WHAT, "all"):
+        raise argparse.ArgumentTypeError(f"there is no {text!r}: choose from {', '.join(WHAT)}, all.")
+    return text
 
 
 def _some(choices: Any) -> Any:

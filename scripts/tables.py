@@ -29,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="fail if a table disagrees with the records; write nothing"
     )
     parser.add_argument("--no-figures", action="store_true", help="tables only")
-    parser.add_argument(
-        "--runs", type=Path, default=RUNS, help="records of the paper's cells (default: results/runs/paper)"
-    )
+    parser.add_argument("--runs", type=Path, help="records of the paper's cells (default: results/runs/paper)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write, or what to check (default: results)")
     asked = parser.parse_args(argv)
+    if asked.runs is not None and not asked.runs.is_dir():
+        print(f"error: --runs {asked.runs} is not a folder: name the one that holds the records.", file=sys.stderr)
+        return 2
+    asked.runs = asked.runs or RUNS
     try:
         return run(asked)
     except (ValueError, OSError, ImportError) as error:

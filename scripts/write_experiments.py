@@ -1,13 +1,16 @@
 """Write the experiment files of the paper's cells, configs/experiment/table2/... and so on, from reporting/paper/cells.py.
 
-    python scripts/write_experiments.py
+    python scripts/write_experiments.py            write them again
+    python scripts/write_experiments.py --check    write nothing; fail if a file is not what this would write
 
-A test holds the files against what this would write, so neither can change without the other.
+A test does the same as --check, so neither can change without the other.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +67,30 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def main() -> int:
+def stale() -> list[Path]:
+    """The files that are missing, hold something else, or belong to no cell."""
+    wanted = files()
+    there = {path for folder in {path.parent for path in wanted} for path in folder.glob("*.yaml")}
+    wrong = [path for path, text in wanted.items() if path not in there or path.read_text(encoding="utf-8") != text]
+    return sorted([*wrong, *(there - wanted.keys())])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file would change")
+    if parser.parse_args(argv).check:
+        found = stale()
+        for path in found:
+            name = path.relative_to(FOLDER).as_posix()
+            again = "run python scripts/write_experiments.py" if path in files() else "delete it"
+            print(f"error: {name} is not what the list of cells gives: {again}.", file=sys.stderr)
+        if not found:
+            print(f"{len(files())} files agree with the list of cells.")
+        return 1 if found else 0
     for path, text in files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {len(files())} files below {FOLDER.relative_to(ROOT)}")
+    print(f"{len(files())} experiments written.")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pretraining.config import CONFIGS, choices, compose, validate
 from pretraining.plan import Plan, make_plan
 from pretraining.trainer import train
 from reporting.paper.cells import ALIASES
+from scripts import write_experiments
 from scripts.write_experiments import files
 
 TABLES = json.loads((CONFIGS.parent / "results" / "paper" / "tables.json").read_text())
@@ -106,6 +108,25 @@ def test_files_and_the_list_of_cells_are_the_same() -> None:
     assert {path.relative_to(root).with_suffix("").as_posix() for path in wanted} == set(NAMES)
     stale = [path.name for path, text in wanted.items() if path.read_text() != text]
     assert not stale, "run scripts/write_experiments.py"
+
+
+def test_the_check_of_the_files_writes_nothing_and_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(write_experiments, "FOLDER", tmp_path)
+    assert write_experiments.main([]) == 0 and write_experiments.main(["--check"]) == 0
+    changed, gone = tmp_path / "table5/none.yaml", tmp_path / "table4/racs_1b.yaml"
+    changed.write_text("seed: 1\n")
+    gone.unlink()
+    (tmp_path / "figure6/old.yaml").write_text("")
+    capsys.readouterr()
+    assert write_experiments.main(["--check"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.split()[1] for error in errors] == ["figure6/old.yaml", "table4/racs_1b.yaml", "table5/none.yaml"]
+    assert "delete it" in errors[0] and not gone.exists() and changed.read_text() == "seed: 1\n"
+    with pytest.raises(SystemExit) as stop:
+        write_experiments.main(["--chekc"])
+    assert stop.value.code == 2
 
 
 def test_table_2_has_an_experiment_for_every_printed_number_of_a_method_that_we_run() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from .. import units
 from ..statistics import in_general
-from .gains import batch_runs, gain, gains, settled
+from .gains import batch_runs, gain, gains, grown, settled
 from .records import REFERENCE, Fair, Row, lowest, methods
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
@@ -16,11 +16,9 @@ def answer(fair: Fair) -> list[str]:
     """Three to six sentences; fewer, and saying so, while runs are missing."""
     tables = {model: methods(fair, model) for model in fair.models}
     done, asked = len(fair.runs()), len(fair.asked())
-    grown = {(each.model, each.name) for each in fair.asked("fair_rates")} <= set(fair.plans.finished)
-    missing = done < asked or not grown
     found = []
-    if missing:
-        more = "" if grown else ", and more as the grids of rates grow"
+    if done < asked or not grown(fair):
+        more = "" if grown(fair) else ", and more as the grids of rates grow"
         found.append(
             f"**Not complete**: {done} of {asked} runs have ended{more}. Differences count only between methods whose seeds "
             "have all run; rates and gains below are provisional where their grids are."
@@ -112,8 +110,8 @@ def _list(claims: dict[str, dict[str, str | None]], model: str) -> str:
 
 
 def _gains(fair: Fair) -> list[str]:
-    """The paper's comparison and what it is made of, for the paper's methods."""
-    parts, provisional = [], False
+    """The comparison that the paper probably makes and what it is made of, for the paper's methods."""
+    parts, provisional, ends = [], False, False
     for method in CANDIDATES:
         texts = []
         for model in fair.models:
@@ -122,13 +120,17 @@ def _gains(fair: Fair) -> list[str]:
                 parted = f"{each.rates:+.2f} from the rates, {each.optimizer:+.2f} from the optimizer"
                 texts.append(f"{each.as_paper:+.2f} on `{model}` ({parted})")
                 provisional = provisional or not settled(fair, model, method)
+                ends = ends or bool(each.ends & {"as_paper", "rates", "optimizer"})
         if texts:
             parts.append(f"{name_of(method)} gains {' and '.join(texts)}")
     if not parts:
         return []
     return [
-        "Compared as in the paper, Adam with all rates at 0.001 and the candidate's Adam group at 0.02, in nats of loss: "
-        f"{'; '.join(parts)}. One seed{', and provisional: runs of these grids are missing' if provisional else ''}."
+        "Compared as the paper probably compares (Adam with all rates at 0.001, the candidate's Adam group at 0.02, if it "
+        "shares the matrices' rate as in the code base that the paper probably grew from; it does not say), in nats of "
+        f"loss: {'; '.join(parts)}. One seed, on which the rates were selected as well, so the best of a grid tends to be "
+        f"lucky{'; some best matrix rates are at an end of those tried' if ends else ''}"
+        f"{'; provisional: runs of these grids are missing' if provisional else ''}."
     ]
 
 

@@ -1,32 +1,24 @@
-"""What the pictures of the fair comparison share: the look of each method, panels for the models, and axes."""
+"""What the pictures of the fair comparison share: panels for the models, legends, and axes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import units
-from ..figures import _GREY, _figure
-from ..paper import curves as paper_curves
+from .. import style, units
+from ..style import GREY, LOOKS, WIDE, even_ticks
 from .records import Fair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# colour, dash, marker, hatch
-LOOKS: dict[str, tuple[str, Any, str, str]] = {
-    **paper_curves.LOOKS,
-    "soap": ("#8C564B", (0, (7, 2)), "h", "oo"),
-    "adamw": ("#9A9A9A", (0, (1, 2.2)), "d", ""),
-}
-
 
 @contextmanager
 def panels(fair: Fair, height: float) -> Iterator[tuple[Figure, list[tuple[str, Axes]]]]:
     """A figure with a panel for each model, side by side, and the style to draw it in."""
-    figure, rc = _figure(paper_curves.WIDE, height)
+    figure, rc = style.figure(WIDE, height)
     with rc:
         row = figure.subplots(1, len(fair.models), squeeze=False)[0]
         for model, axes in zip(fair.models, row, strict=True):
@@ -34,8 +26,15 @@ def panels(fair: Fair, height: float) -> Iterator[tuple[Figure, list[tuple[str, 
         yield figure, list(zip(fair.models, row, strict=True))
 
 
-def legend(figure: Figure, names: Sequence[str], lines: bool = True, provisional: Sequence[str] = ()) -> None:
-    """One legend of methods below all panels; `provisional`: those of `names` whose grids are not finished."""
+def legend(
+    figure: Figure, names: Sequence[str], lines: bool = True, provisional: Sequence[str] = (), hollow: str = ""
+) -> None:
+    """One legend of methods below all panels.
+
+    Args:
+        provisional: those of `names` whose grids are not finished.
+        hollow: what hollow markers mean; "" if there are none.
+    """
     from matplotlib.lines import Line2D
 
     def text(name: str) -> str:
@@ -46,6 +45,8 @@ def legend(figure: Figure, names: Sequence[str], lines: bool = True, provisional
                markersize=5, linewidth=1.4, label=text(name))
         for name in LOOKS if name in names
     ]  # fmt: skip
+    if hollow:
+        handles.append(Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label=hollow))
     figure.legend(handles=handles, loc="outside lower center", ncols=4 if provisional else 6, handlelength=3.2)
 
 
@@ -55,10 +56,15 @@ def unfinished(fair: Fair) -> list[str]:
     return [name for name, each in grids.items() if any(grid.runs and not grid.finished for grid in each)]
 
 
-def beyond(axes: Axes, points: dict[float, float], top: float, colour: str) -> None:
-    for x, y in points.items():
-        if y > top:
-            axes.plot(x, top, color=colour, marker="^", markersize=6, linestyle="", clip_on=False, zorder=4)
+def beyond(axes: Axes, points: dict[float, float], top: float, colour: str, hollow: Collection[float] = ()) -> bool:
+    """Mark the points above the axis on its upper edge, hollow those at the places `hollow`; whether there are any."""
+    above = [x for x, y in points.items() if y > top]
+    for x in above:
+        axes.plot(
+            x, top, color=colour, marker="^", markersize=6, linestyle="", clip_on=False, zorder=4,
+            markerfacecolor="white" if x in hollow else colour,
+        )  # fmt: skip
+    return bool(above)
 
 
 def perplexity_axis(axes: Axes, low: float, high: float) -> None:
@@ -66,15 +72,6 @@ def perplexity_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     even_ticks(axes.yaxis, low, high)
-
-
-def even_ticks(axis: Any, low: float, high: float) -> None:
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
-
-    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
-    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: f"{value:.4g}")
 
 
 def rate_axis(axes: Axes, places: Sequence[float]) -> None:
@@ -89,7 +86,7 @@ def rate_axis(axes: Axes, places: Sequence[float]) -> None:
 
 
 def empty(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes, color=_GREY)
+    axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes, color=GREY)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)

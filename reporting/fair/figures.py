@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import units
-from ..figures import _GREY, _figure
-from ..paper.curves import WIDE, title
-from .axes import LOOKS, beyond, empty, even_ticks, legend, panels, perplexity_axis, rate_axis, unfinished
-from .gains import CONTROLLED, Gains, best_at, gains, tried
-from .records import PLAIN, REFERENCE, Fair, Row, ablations, curve, methods, wall_clock
+from .. import style, units
+from ..curves import shared_curve
+from ..style import GREY, LOOKS, WIDE, even_ticks
+from .axes import beyond, empty, legend, panels, perplexity_axis, rate_axis, unfinished
+from .gains import CONTROLLED, Gains, at_end, best_at, gains, tried
+from .records import PLAIN, REFERENCE, Fair, Row, ablations, methods, wall_clock
+from .tables import CHOICES, PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PROXIES = (("#0072B2", "o"), ("#D55E00", "s"))  # of figures that show both proxies in one panel
-_DPI = 150
+_PROXIES = ((style.BLUE, "o"), (style.VERMILION, "s"))  # of figures that show both proxies in one panel
 _RATIOS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _ABOVE = 1.35  # curves are shown from where they come this near to the worst of the final values
 
@@ -48,15 +48,7 @@ def draw(name: str, fair: Fair, folder: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = FIGURES[name][1](fair)
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "racs-alice", "hatch.linewidth": 0.5}):
-        # No date, no version and no random names inside: the same records give the same bytes.
-        figure.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-    return [folder / f"{name}.png", folder / f"{name}.svg"]
+    return style.save_both(FIGURES[name][1](fair), folder, name)
 
 
 # Stage 2 ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +65,7 @@ def _curves(fair: Fair) -> Figure:
             low, high = min(finals), max(finals)
             for row in rows:
                 colour, dash, marker, _ = LOOKS[row.name]
-                steps, values = curve(row.runs)
+                steps, values = shared_curve(row.runs)
                 kept = steps > 0
                 steps, values = steps[kept], values[:, kept]
                 if len(row.runs) > 1:
@@ -92,7 +84,7 @@ def _curves(fair: Fair) -> Figure:
             axes.legend(title="final, best first", loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=3.2)
         axes_with = [axes for _, axes in parts]
         axes_with[0].set_ylabel("validation perplexity")
-        title(figure, "Validation perplexity, each method at its best rates: lower is better (bands: all seeds)")
+        style.title(figure, "Validation perplexity, each method at its best rates: lower is better (bands: all seeds)")
     return figure
 
 
@@ -115,14 +107,14 @@ def _speedup(fair: Fair) -> Figure:
             height = 0.38 if times else 0.62
             for place, row in enumerate(rows):
                 if not row.speedup:
-                    _beside(axes, 0, place, "never reaches it", _GREY)
+                    _beside(axes, 0, place, "never reaches it", GREY)
                     continue
-                bars = [(row.speedup, "#0072B2", "")] + ([(times[row.name], "white", "////")] if times else [])
+                bars = [(row.speedup, style.BLUE, "")] + ([(times[row.name], "white", "////")] if times else [])
                 for index, (value, colour, hatch) in enumerate(bars):
                     y = place + (0.5 - index) * height if times else place
-                    axes.barh(y, value, height, color=colour, hatch=hatch, edgecolor="#0072B2", linewidth=0.8)
+                    axes.barh(y, value, height, color=colour, hatch=hatch, edgecolor=style.BLUE, linewidth=0.8)
                     _beside(axes, value, y, f"{value:.2f}", "black")
-            axes.axvline(1, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+            axes.axvline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
             axes.set_yticks(range(len(rows)), [units.optimizer_name(row.name) for row in rows])
             axes.grid(False, axis="y")
             axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -132,13 +124,13 @@ def _speedup(fair: Fair) -> Figure:
             from matplotlib.patches import Patch
 
             handles = [
-                Patch(facecolor="#0072B2", edgecolor="#0072B2", label="in steps"),
-                Patch(facecolor="white", edgecolor="#0072B2", hatch="////", label="in seconds on this machine"),
+                Patch(facecolor=style.BLUE, edgecolor=style.BLUE, label="in steps"),
+                Patch(facecolor="white", edgecolor=style.BLUE, hatch="////", label="in seconds on this machine"),
             ]
             figure.legend(handles=handles, loc="outside lower center", ncols=2)
         elif notes:
-            figure.supxlabel("in steps; in seconds not shown (see the page)", fontsize=7.5, color=_GREY)
-        title(figure, "Speed-up over Adam: more is better, left of the dashed line is slower")
+            figure.supxlabel("in steps; in seconds not shown (see the page)", fontsize=7.5, color=GREY)
+        style.title(figure, "Speed-up over Adam: more is better, left of the dashed line is slower")
     return figure
 
 
@@ -173,7 +165,7 @@ def _memory(fair: Fair) -> Figure:
             axes.set_xlabel("optimizer states, MiB")
         parts[0][1].set_ylabel("final perplexity")
         legend(figure, shown, lines=False)
-        title(figure, "Memory and final perplexity: lower left is better (bars: standard deviation over seeds)")
+        style.title(figure, "Memory and final perplexity: lower left is better (bars: standard deviation over seeds)")
     return figure
 
 
@@ -182,15 +174,16 @@ def _memory(fair: Fair) -> Figure:
 
 def _group_rate(fair: Fair) -> Figure:
     shown: list[str] = []
+    hollow = above = False
     with panels(fair, 4.9) as (figure, parts):
         for model, axes in parts:
-            lines = {}
+            lines, ends = {}, {}
             for name in LOOKS:
-                rates = tried(fair, model, name)
-                found = {rate: best_at(fair, model, name, rate) for rate in rates}
+                found = {rate: best_at(fair, model, name, rate) for rate in tried(fair, model, name)}
                 points = {rate: run.perplexity for rate, run in found.items() if run is not None}
                 if points:
                     lines[name] = points
+                    ends[name] = [rate for rate, run in found.items() if at_end(fair, model, run)]
             if not lines:
                 empty(axes)
                 continue
@@ -202,19 +195,30 @@ def _group_rate(fair: Fair) -> Figure:
                     list(points), list(points.values()), color=colour, linestyle=dash, marker=marker, markersize=4.5,
                     linewidth=1.2,
                 )  # fmt: skip
-                beyond(axes, points, top, colour)
+                axes.plot(
+                    ends[name], [points[rate] for rate in ends[name]], color=colour, linestyle="", marker=marker,
+                    markersize=4.5, markerfacecolor="white",
+                )  # fmt: skip
+                hollow |= bool(ends[name])
+                above |= beyond(axes, points, top, colour, ends[name])
                 shown.append(name)
             perplexity_axis(axes, min(best) / 1.03, top)
             rate_axis(axes, sorted({rate for points in lines.values() for rate in points}))
             axes.set_xlabel("peak rate of the Adam group: embeddings, norms, lm_head")
         parts[0][1].set_ylabel("final perplexity, best matrix rate")
-        legend(figure, shown, provisional=unfinished(fair))
-        title(figure, "Final perplexity against the Adam group's rate: lower is better (one seed; ▲: above the axis)")
+        words = "hollow: the best matrix rate is an end of those tried" if hollow else ""
+        legend(figure, shown, provisional=unfinished(fair), hollow=words)
+        style.title(figure, f"Final perplexity against the Adam group's rate: lower is better ({_seed(above)})")
     return figure
+
+
+def _seed(above: bool) -> str:
+    return "one seed; ▲: above the axis" if above else "one seed"
 
 
 def _sensitivity(fair: Fair) -> Figure:
     shown: list[str] = []
+    above = False
     with panels(fair, 4.9) as (figure, parts):
         for model, axes in parts:
             lines = {}
@@ -234,7 +238,7 @@ def _sensitivity(fair: Fair) -> Figure:
                     list(points), list(points.values()), color=colour, linestyle=dash, marker=marker, markersize=4.5,
                     linewidth=1.2,
                 )  # fmt: skip
-                beyond(axes, points, top, colour)
+                above |= beyond(axes, points, top, colour)
                 shown.append(name)
             perplexity_axis(axes, min(best) / 1.03, top)
             ratios = [x for points in lines.values() for x in points]
@@ -242,7 +246,7 @@ def _sensitivity(fair: Fair) -> Figure:
             axes.set_xlabel("matrix rate / the method's best matrix rate")
         parts[0][1].set_ylabel("final perplexity, best rate of the Adam group")
         legend(figure, shown, provisional=unfinished(fair))
-        title(figure, "Sensitivity to the matrix rate: flatter and lower is better (one seed; ▲: above the axis)")
+        style.title(figure, f"Sensitivity to the matrix rate: flatter and lower is better ({_seed(above)})")
     return figure
 
 
@@ -260,8 +264,13 @@ def _gains(fair: Fair) -> Figure:
     room = 0.1 * (max(every) - min(every))
     bounds = min(every) - (room if min(every) < 0 else 0), max(every) + room
     kinds = (
-        ("as_paper", "as the paper compares: Adam's rates 0.001, the method's Adam group 0.02", "#4D4D4D", ""),
-        ("rates", "from the rates: Adam with its Adam group at 0.02 as well", "#E69F00", "////"),
+        (
+            "as_paper",
+            "as the paper probably compares: Adam's rates 0.001, the method's Adam group 0.02",
+            style.DARK,
+            "",
+        ),
+        ("rates", "from the rates: Adam with its Adam group at 0.02 as well", style.ORANGE, "////"),
         ("optimizer", "from the optimizer: both with the Adam group at 0.02", "white", "\\\\\\\\"),
     )
     with panels(fair, 3.9) as (figure, parts):
@@ -288,7 +297,7 @@ def _gains(fair: Fair) -> Figure:
         parts[0][1].set_ylabel("gain over Adam in loss, nats")
         handles = next(axes.get_legend_handles_labels() for _, axes in parts if axes.containers)
         figure.legend(*handles, loc="outside lower center", ncols=1)
-        title(figure, "What the rates gain and what the optimizer gains: up is better (one seed)")
+        style.title(figure, "What the rates gain and what the optimizer gains: up is better (one seed)")
     return figure
 
 
@@ -296,10 +305,8 @@ def _gains(fair: Fair) -> Figure:
 
 
 def _ablations(fair: Fair) -> Figure:
-    from .page import CHOICES, PARTS
-
     tables = {model: {row.name: row for row in ablations(fair, model)} for model in fair.models}
-    figure, rc = _figure(WIDE, 4.4)
+    figure, rc = style.figure(WIDE, 4.4)
     with rc:
         left, right = figure.subplots(1, 2)
         for axes, names, what in ((left, PARTS, "parts of Alice"), (right, CHOICES, "open choices")):
@@ -327,7 +334,7 @@ def _ablations(fair: Fair) -> Figure:
             axes.set_ylim(-0.6, len(known) - 0.4)
             axes.set_xlabel("loss less plain Alice's, nats")
         _proxy_legend(figure, fair.models)
-        title(figure, "Variants of Alice: left of 0 is better than plain Alice (lines: 95 % intervals)")
+        style.title(figure, "Variants of Alice: left of 0 is better than plain Alice (lines: 95 % intervals)")
     return figure
 
 
@@ -344,9 +351,9 @@ def _proxy_legend(figure: Figure, models: Sequence[str]) -> None:
         Line2D([], [], color=colour, marker=marker, linestyle="", label=model)
         for model, (colour, marker) in zip(models, _PROXIES, strict=False)
     ]
-    handles.append(Line2D([], [], color=_GREY, marker="o", linestyle="", label="filled: a difference by the rule"))
+    handles.append(Line2D([], [], color=GREY, marker="o", linestyle="", label="filled: a difference by the rule"))
     handles.append(
-        Line2D([], [], color=_GREY, marker="o", linestyle="", markerfacecolor="white", label="hollow: none claimed")
+        Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="hollow: none claimed")
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
 

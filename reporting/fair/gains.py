@@ -15,7 +15,9 @@ from .records import REFERENCE, Fair, lowest
 
 CONTROLLED = ("adam", "muon", "racs", "alice")  # methods of the control and of the batch sizes
 ADAM_RATE = 0.001  # of the paper's Adam, for all its parameters
-CANDIDATE_RATE = 0.02  # of the paper's candidates, for their Adam group
+# Of the Adam group of the paper's candidates, if they share the matrices' rate as in the code base that the paper
+# probably grew from; it does not say.
+CANDIDATE_RATE = 0.02
 
 
 def tried(fair: Fair, model: str, method: str) -> dict[float, list[Run]]:
@@ -32,38 +34,62 @@ def best_at(fair: Fair, model: str, method: str, adam_lr: float) -> Run | None:
     return run if run is not None and math.isfinite(run.perplexity) else None
 
 
+def at_end(fair: Fair, model: str, run: Run | None) -> bool:
+    """Whether a run has the smallest or the largest matrix rate tried at its rate of the Adam group, or the only one."""
+    if run is None:
+        return False
+    rates = [each.lr for each in tried(fair, model, run.optimizer).get(run.adam_lr, [])]
+    return bool(rates) and run.lr in (min(rates), max(rates))
+
+
 @dataclass(frozen=True)
 class Gains:
-    """The paper's comparison of a method with Adam, in nats, and what it is made of: as_paper = rates + optimizer.
+    """The comparison that the paper probably makes, in nats, and what it is made of: as_paper = rates + optimizer.
 
     Attributes:
         as_paper: Adam with both rates at 0.001 less the method with its Adam group at 0.02.
         rates: Adam with both rates at 0.001 less Adam with its Adam group at 0.02, best matrix rate.
         optimizer: Adam less the method, both with the Adam group at 0.02, each at its best matrix rate.
-        within: the method with the Adam group at 0.001 less the method at its best rate of that group.
+        optimizer_low: Adam less the method, both with the Adam group at 0.001, each at its best matrix rate.
         at_own_best: Adam less the method, each at its best pair.
+        within: the method with the Adam group at 0.001 less the method at its best rate of that group.
+        ends: names of those gains in which a best matrix rate is at an end of those tried (`at_end`).
     """
 
     as_paper: float | None
     rates: float | None
     optimizer: float | None
-    within: float | None
+    optimizer_low: float | None
     at_own_best: float | None
+    within: float | None
+    ends: frozenset[str] = frozenset()
 
 
 def gains(fair: Fair, model: str, method: str) -> Gains:
-    adam = tried(fair, model, REFERENCE)
-    both = next((run for run in adam.get(ADAM_RATE, []) if math.isclose(run.lr, ADAM_RATE)), None)
+    both = next(
+        (run for run in tried(fair, model, REFERENCE).get(ADAM_RATE, []) if math.isclose(run.lr, ADAM_RATE)), None
+    )
+    adam_low, low = (best_at(fair, model, name, ADAM_RATE) for name in (REFERENCE, method))
     adam_equal, equal = (best_at(fair, model, name, CANDIDATE_RATE) for name in (REFERENCE, method))
     adam_best, best = (
         lowest(run for runs in tried(fair, model, name).values() for run in runs) for name in (REFERENCE, method)
     )
+    selected = {  # runs that are the best of several matrix rates
+        "as_paper": (equal,),
+        "rates": (adam_equal,),
+        "optimizer": (adam_equal, equal),
+        "optimizer_low": (adam_low, low),
+        "at_own_best": (adam_best, best),
+        "within": (low, best),
+    }
     return Gains(
         as_paper=gain(both, equal),
         rates=gain(both, adam_equal),
         optimizer=gain(adam_equal, equal),
-        within=gain(best_at(fair, model, method, ADAM_RATE), best),
+        optimizer_low=gain(adam_low, low),
         at_own_best=gain(adam_best, best),
+        within=gain(low, best),
+        ends=frozenset(name for name, runs in selected.items() if any(at_end(fair, model, run) for run in runs)),
     )
 
 
@@ -72,6 +98,12 @@ def settled(fair: Fair, model: str, method: str) -> bool:
     return all(
         fair.grid(model, name).finished and fair.complete("fair_control", model, name) for name in (REFERENCE, method)
     )
+
+
+def grown(fair: Fair) -> bool:
+    """Whether no grid asks for more: those of stage 1 have ended, and all runs of the control."""
+    asked = {(each.model, each.name) for each in fair.asked("fair_rates")}
+    return asked <= set(fair.plans.finished) and all(each.folder in fair.ended for each in fair.asked("fair_control"))
 
 
 def gain(before: Run | None, after: Run | None) -> float | None:

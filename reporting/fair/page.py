@@ -7,12 +7,12 @@ text = write(sections)
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..paper.tables import NOT_RUN
 from ..statistics import RULE
+from ..text import NOT_RUN
 from .answer import answer, name_of
 from .circumstances import everything, made, progress
 from .gains import CANDIDATE_RATE
@@ -30,6 +30,8 @@ from .tables import (
     variants,
 )
 
+NEAR = 0.03  # of configs/sweep/fair_rates.yaml and fair_control.yaml: pairs so near the best must have neighbours too
+
 
 @dataclass(frozen=True)
 class Section:
@@ -39,129 +41,149 @@ class Section:
     body: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """What sections are made from: the records, the folder of the page, and its pictures by name, as links."""
+
+    fair: Fair
+    out: Path
+    pictures: Mapping[str, str]
+
+    def picture(self, name: str, alt: str) -> str:
+        """A picture, or "" if there is none."""
+        return f"![{alt}]({self.pictures[name]})" if name in self.pictures else ""
+
+    def by_model(self, table: Callable[[Fair, str, Path], str], sweep: str) -> str:
+        """A table for each model that has runs of the sweep."""
+        models = [model for model in self.fair.models if self.fair.runs(sweep, model)]
+        return _join(*(_join(f"**`{model}`**", table(self.fair, model, self.out)) for model in models))
+
+    def part(self, sweep: str, *texts: str) -> str:
+        """The body of a section whose tables need a sweep."""
+        return _join(*texts) if self.fair.runs(sweep) else f"{NOT_RUN.capitalize()}."
+
+
 def page(fair: Fair, out: Path, figures: Iterable[Path]) -> list[Section]:
     """The sections of the page in the folder `out`; `figures`: the pictures that there are, as PNG."""
-    pictures = {path.stem: os.path.relpath(path, out) for path in figures}
-
-    def picture(name: str, alt: str) -> list[str]:
-        return [f"![{alt}]({pictures[name]})"] if name in pictures else []
-
-    def by_model(table: Callable[[Fair, str, Path], str], sweep: str) -> list[str]:
-        return [
-            text
-            for model in fair.models
-            if fair.runs(sweep, model)
-            for text in (f"**`{model}`**", table(fair, model, out))
-        ]
-
-    def part(sweep: str, *texts: str) -> str:
-        """The body of a section whose tables need a sweep."""
-        return _join(*texts) if fair.runs(sweep) else f"{NOT_RUN.capitalize()}."
-
+    source = Source(fair, out, {path.stem: os.path.relpath(path, out) for path in figures})
     return [
-        Section(
-            "The fair comparison: what came out",
-            _join(
-                "Every method tuned alike on two small models; [the rules](../../docs/fair_comparison.md) were fixed before "
-                "the runs. This page is made from the records by `python scripts/fair_report.py`.",
-                "\n".join(f"- {sentence}" for sentence in answer(fair)),
-                progress(fair),
-            ),
-        ),
-        Section(
-            "Stage 2: each method at its best rates",
-            part(
-                "fair_best",
-                f"{_budget(fair, 'fair_best')} Perplexity on held-out text of the same source, and on C4's validation text, "
-                "which is out of the domain: mean ± standard deviation over seeds. Difference: mean final loss less Adam's, in "
-                "nats (0.01 is about 1 % of perplexity), with its 95 % interval; p after Holm's correction over all methods "
-                "compared with Adam. Speed-up: all steps over the steps to the first evaluation (every 100) at or under "
-                "Adam's final mean perplexity. States are the optimizer's, all parameters together. Seeds link to their "
-                "records.",
-                f"> {RULE}",
-                *by_model(stage_2, "fair_best"),
-                *_clock_notes(fair),
-                *picture("curves", "Validation perplexity over steps, all methods, both models"),
-                *picture("speedup", "Speed-up over Adam in steps and in time"),
-                *picture("memory", "Final perplexity against the memory of optimizer states"),
-            ),
-        ),
-        Section(
-            "Stage 1: rates",
-            part(
-                "fair_rates",
-                f"{_budget(fair, 'fair_rates')} A grid of matrix rate by rate of the Adam group for each method, grown until "
-                "the best pair has worse neighbours on all four sides (interior). The best of many runs with one seed tends to "
-                "be lucky: no difference is claimed here. Near the best: the matrix rates whose best perplexity is at most "
-                f"{100 * (FLAT - 1):.0f} % higher; ≥ where that reaches the last rate tried. At the published matrix rate: "
-                f"with {CANDIDATE_RATE:g} for the Adam group.",
-                *by_model(stage_1, "fair_rates"),
-                *picture("group_rate", "Final perplexity against the rate of the Adam group"),
-                *picture("sensitivity", "Final perplexity against the matrix rate over its best value"),
-            ),
-        ),
-        Section(
-            "What the optimizer gains, and what the Adam group's rate gains",
-            part(
-                "fair_rates",
-                "The paper trains embeddings, norms and last layer of its candidates at 0.02, and those of its Adam at 0.001. "
-                "Lowest perplexity over matrix rates (in brackets: that rate) at each rate of the Adam group, one seed. "
-                "†: the smallest or largest of the matrix rates tried there, or the only one.",
-                *by_model(group_rates, "fair_rates"),
-                "Gains in nats of final loss, positive is better. *As the paper compares*: Adam with both rates at 0.001 "
-                "against the method with its Adam group at 0.02 and its best matrix rate. That is the sum of *from the rates* "
-                "(the same Adam with its Adam group at 0.02 and its best matrix rate there) and *from the optimizer* (against "
-                "that Adam). *Group rate within the method*: from 0.001 to its best rate of the Adam group.",
-                gains_table(fair),
-                *picture("gains", "What the rates gain and what the optimizer gains"),
-            ),
-        ),
-        Section(
-            "Ablations: the parts of Alice",
-            part(
-                "fair_ablations",
-                f"{_budget(fair, 'fair_ablations')} Every variant at Alice's best rates of stage 1, none tuned by itself. "
-                "Difference to plain Alice in nats of final loss with its 95 % interval, p after Holm's correction over all of "
-                "Alice's variants, here and in the next section; negative is better.",
-                variants(fair, PARTS, out),
-                *picture("ablations", "Difference of each variant to plain Alice"),
-                "**The steps that the paper's Table 5 and Figure 5 show**, at 130M there and here: final perplexities before "
-                "and after, and the difference of losses in nats. Intervals are of single comparisons, without correction: no "
-                "significance is claimed. In Figures 5a to 5c the paper's Alice trains the last layer itself, ours leaves "
-                'it to Adam; in 5d the paper\'s "lm head" means that Adam trains it.',
-                steps_table(fair),
-            ),
-        ),
-        Section(
-            "Open choices",
-            part(
-                "fair_ablations",
-                "What the paper leaves open ([deviations](../../docs/deviations.md)): the other choice against plain Alice, as "
-                "above and in the same family of tests.",
-                variants(fair, CHOICES, out),
-            ),
-        ),
-        Section(
-            "Batch size",
-            part(
-                "fair_batch",
-                f"{_budget(fair, 'fair_batch')} The better of the best matrix rate of stage 1 and three times it (2k: that "
-                "rate alone), with the rate in brackets, and below it the loss less Adam's at the same batch. No significance "
-                "is claimed.",
-                *by_model(batch, "fair_batch"),
-            ),
-        ),
-        Section(
-            "The same run twice",
-            part(
-                "fair_repeat",
-                "Equal configuration and seed, run again: what repetition alone changes.",
-                repeat(fair, out),
-            ),
-        ),
+        Section("The fair comparison: what came out", _beginning(source)),
+        Section("Stage 2: each method at its best rates", _stage_2(source)),
+        Section("Stage 1: rates", _stage_1(source)),
+        Section("What the optimizer gains, and what the Adam group's rate gains", _gains(source)),
+        Section("Ablations: the parts of Alice", _parts(source)),
+        Section("Open choices", _choices(source)),
+        Section("Batch size", _batch(source)),
+        Section("The same run twice", _repeat(source)),
         Section("How it was made", made(fair)),
         Section("Every run", everything(fair, out)),
     ]
+
+
+def _beginning(source: Source) -> str:
+    return _join(
+        "Every method tuned alike on two small models; [the rules](../../docs/fair_comparison.md) say when each of them was "
+        "fixed. The text is Wikipedia in C4's file layout, not C4. This page is made from the records by `python "
+        "scripts/fair_report.py`.",
+        "\n".join(f"- {sentence}" for sentence in answer(source.fair)),
+        progress(source.fair),
+    )
+
+
+def _stage_2(source: Source) -> str:
+    return source.part(
+        "fair_best",
+        f"{_budget(source.fair, 'fair_best')} Perplexity on held-out text of the same source, and on C4's validation text, "
+        "which is out of the domain: mean ± standard deviation over seeds. Difference: mean final loss less Adam's, in "
+        "nats (0.01 is about 1 % of perplexity), with its 95 % interval; p after Holm's correction over all methods "
+        "compared with Adam. Speed-up: all steps over the steps to the first evaluation (every 100) at or under "
+        "Adam's final mean perplexity. States are the optimizer's, all parameters together. Seeds link to their "
+        "records.",
+        f"> {RULE}",
+        source.by_model(stage_2, "fair_best"),
+        *_clock_notes(source.fair),
+        source.picture("curves", "Validation perplexity over steps, all methods, both models"),
+        source.picture("speedup", "Speed-up over Adam in steps and in time"),
+        source.picture("memory", "Final perplexity against the memory of optimizer states"),
+    )
+
+
+def _stage_1(source: Source) -> str:
+    return source.part(
+        "fair_rates",
+        f"{_budget(source.fair, 'fair_rates')} A grid of matrix rate by rate of the Adam group for each method, grown until "
+        f"the best pair, and every pair within {100 * NEAR:g} % of its perplexity, has neighbours on all four sides, or the "
+        "last rates allowed are reached. A grid that has grown is no full rectangle: its matrix rates have been tried with "
+        "unequal numbers of rates of the Adam group. Interior: the best pair has worse neighbours on all four sides. The "
+        "best of many runs with one seed tends to be lucky: no difference is claimed here. Near the best: the matrix rates "
+        f"whose best perplexity is at most {100 * (FLAT - 1):.0f} % higher; where they reach the first or the last rate "
+        f"tried, an end of the grid, there may be more. At the published matrix rate: with {CANDIDATE_RATE:g} for the Adam "
+        "group.",
+        source.by_model(stage_1, "fair_rates"),
+        source.picture("group_rate", "Final perplexity against the rate of the Adam group"),
+        source.picture("sensitivity", "Final perplexity against the matrix rate over its best value"),
+    )
+
+
+def _gains(source: Source) -> str:
+    return source.part(
+        "fair_rates",
+        "The paper's Adam has one rate, 0.001, for everything. Its candidates train embeddings, norms and last layer at "
+        "0.02, if they share the matrices' rate as in the code base that the paper probably grew from (it does not say). "
+        "Lowest perplexity over matrix rates (in brackets: that rate) at each rate of the Adam group, one seed. "
+        "†: the smallest or largest of the matrix rates tried there, or the only one.",
+        source.by_model(group_rates, "fair_rates"),
+        "Gains in nats of final loss, positive is better; one seed, on which the rates were selected as well. *As the paper "
+        "probably compares*: Adam with both rates at 0.001 against the method with its Adam group at 0.02 and its best "
+        "matrix rate. That is the sum of *from the rates* (the same Adam with its Adam group at 0.02 and its best matrix "
+        "rate there) and *from the optimizer* (against that Adam). *Group rate within the method*: from 0.001 to its best "
+        "rate of the Adam group. †: made with a best matrix rate that is marked above.",
+        gains_table(source.fair),
+        source.picture("gains", "What the rates gain and what the optimizer gains"),
+    )
+
+
+def _parts(source: Source) -> str:
+    return source.part(
+        "fair_ablations",
+        f"{_budget(source.fair, 'fair_ablations')} Every variant at Alice's best rates of stage 1, none tuned by itself. "
+        "Difference to plain Alice in nats of final loss with its 95 % interval, p after Holm's correction over all of "
+        "Alice's variants, here and in the next section; negative is better.",
+        variants(source.fair, PARTS, source.out),
+        source.picture("ablations", "Difference of each variant to plain Alice"),
+        "**The steps that the paper's Table 5 and Figure 5 show**, at 130M there and here: final perplexities before "
+        "and after, and the difference of losses in nats. Intervals are of single comparisons, without correction: no "
+        "significance is claimed. In Figures 5a to 5c the paper's Alice trains the last layer itself, ours leaves "
+        'it to Adam; in 5d the paper\'s "lm head" means that Adam trains it.',
+        steps_table(source.fair),
+    )
+
+
+def _choices(source: Source) -> str:
+    return source.part(
+        "fair_ablations",
+        "What the paper leaves open ([deviations](../../docs/deviations.md)): the other choice against plain Alice, as "
+        "above and in the same family of tests.",
+        variants(source.fair, CHOICES, source.out),
+    )
+
+
+def _batch(source: Source) -> str:
+    return source.part(
+        "fair_batch",
+        f"{_budget(source.fair, 'fair_batch')} The better of the best matrix rate of stage 1 and three times it (2k: that "
+        "rate alone), with the rate in brackets, and below it the loss less Adam's at the same batch. No significance "
+        "is claimed.",
+        source.by_model(batch, "fair_batch"),
+    )
+
+
+def _repeat(source: Source) -> str:
+    return source.part(
+        "fair_repeat",
+        "Equal configuration and seed, run again: what repetition alone changes.",
+        repeat(source.fair, source.out),
+    )
 
 
 def write(sections: Sequence[Section]) -> str:

@@ -1,11 +1,11 @@
-"""The numbers of the fair comparison (docs/fair_comparison.md), from its run records; fair_page.py writes them down.
+"""The numbers of the fair comparison (docs/fair_comparison.md), from its run records; page.py writes them down.
 
 fair = load_fair(Path("results/runs"), plans)            plans: what was asked for, from scripts/fair_report.py
 fair.grid("llama_tiny", "alice").best                    the best run of stage 1
 methods(fair, "llama_tiny")                              stage 2, best first, with the rule of significance
 ablations(fair, "llama_tiny")                            Alice's variants against plain Alice
 
-Losses are final validation losses in nats. Whatever has not run is None or empty. fair_gains.py has what the optimizer gains
+Losses are final validation losses in nats. Whatever has not run is None or empty. gains.py has what the optimizer gains
 and what the rates gain, of single seeds.
 """
 
@@ -19,10 +19,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from .. import units
-from ..paper.numbers import first_evaluation
+from ..curves import first_evaluation, shared_curve
 from ..records import Run, load_run, lookup
 from ..sides import is_number, settings
 from ..statistics import Pair, Welch, against_reference, deviation, final_losses, mean, welch
@@ -246,17 +244,10 @@ def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, 
     return sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity) if ordered else rows
 
 
-def curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Validation curves of the seeds: the steps that all of them have, [points], and perplexities [seeds, points]."""
-    each = [dict(zip(run.evals["step"], run.evals["perplexity"], strict=True)) for run in runs]
-    steps = sorted(set.intersection(*map(set, each))) if each else []
-    return np.array(steps), np.array([[one[step] for step in steps] for one in each]).reshape(len(each), len(steps))
-
-
 def _first(runs: Sequence[Run], target: float) -> int | None:
     if not runs or any(math.isinf(run.perplexity) for run in runs):
         return None
-    steps, values = curve(runs)
+    steps, values = shared_curve(runs)
     after = steps > 0
     # Up to rounding: the reference reaches its own final mean.
     return first_evaluation(steps[after], values.mean(axis=0)[after], target * (1 + 1e-12), every=1)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from .. import units
 from ..paper.numbers import load_paper
-from ..paper.tables import NOT_RUN, markdown
 from ..records import Run
 from ..statistics import deviation, mean
+from ..text import NOT_RUN, markdown
 from .answer import name_of
-from .gains import ADAM_RATE, CANDIDATE_RATE, CONTROLLED, batch_runs, best_at, gain, gains, settled, tried
+from .gains import ADAM_RATE, CANDIDATE_RATE, CONTROLLED, at_end, batch_runs, best_at, gain, gains, settled, tried
 from .records import PLAIN, REFERENCE, STEPS, Fair, Row, ablations, methods, out_of_domain, repeats, step_test
 
 BATCHES = ("2k", "16k", "64k")  # tokens a step
@@ -85,7 +85,8 @@ def stage_1(fair: Fair, model: str, out: Path) -> str:
         near = "–"
         if flat:
             low, high, open_end = flat
-            near = f"{low:g} to {high:g} ({'≥ ' if open_end else ''}× {high / low:.3g})"
+            near = f"{low:g} alone" if low == high else f"{low:g} to {high:g} (× {high / low:.3g})"
+            near += ", an end of the grid" if open_end else ""
         rows.append(
             [
                 name_of(method),
@@ -121,8 +122,7 @@ def group_rates(fair: Fair, model: str, out: Path) -> str:
         best = best_at(fair, model, method, rate)
         if best is None:
             return "diverged" if runs else NOT_RUN
-        ends = (min(run.lr for run in runs), max(run.lr for run in runs))
-        return f"{linked(best, out)} ({best.lr:g}{'†' if best.lr in ends else ''})"
+        return f"{linked(best, out)} ({best.lr:g}{'†' if at_end(fair, model, best) else ''})"
 
     rows = [
         [name_of(method) + _provisional(fair, model, method), *(cell(method, rate) for rate in rates)]
@@ -134,26 +134,29 @@ def group_rates(fair: Fair, model: str, out: Path) -> str:
 
 
 def gains_table(fair: Fair) -> str:
-    head = ["model", "method", "as the paper compares", "from the rates", "from the optimizer"]
-    head += ["optimizer, groups at 0.001", "optimizer, each at its best pair", "group rate within the method"]
+    columns = {
+        "as_paper": "as the paper probably compares",
+        "rates": "from the rates",
+        "optimizer": "from the optimizer",
+        "optimizer_low": "optimizer, groups at 0.001",
+        "at_own_best": "optimizer, each at its best pair",
+        "within": "group rate within the method",
+    }
+    meant = {REFERENCE: ("as_paper", "rates", "within")}  # Adam against itself
     rows = []
     for model in fair.models:
         for method in CONTROLLED:
             if not tried(fair, model, method):
                 continue
             found = gains(fair, model, method)
-            at_low = gain(*(best_at(fair, model, name, ADAM_RATE) for name in (REFERENCE, method)))
-            own = method == REFERENCE
-            cells = [found.as_paper, found.rates, found.optimizer, at_low, found.at_own_best]
-            rows.append(
-                [
-                    f"`{model}`",
-                    name_of(method) + _provisional(fair, model, method),
-                    *("–" if own and i > 1 else nats(value) for i, value in enumerate(cells)),
-                    nats(found.within),
-                ]
-            )
-    return markdown(head, rows, left=2)
+            cells = [
+                nats(value := getattr(found, name)) + ("†" if value is not None and name in found.ends else "")
+                if name in meant.get(method, columns)
+                else "–"
+                for name in columns
+            ]
+            rows.append([f"`{model}`", name_of(method) + _provisional(fair, model, method), *cells])
+    return markdown(["model", "method", *columns.values()], rows, left=2)
 
 
 def _provisional(fair: Fair, model: str, method: str) -> str:

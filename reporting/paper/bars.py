@@ -1,4 +1,4 @@
-"""Figures 3 and 4, speed-ups, and memory against perplexity. Drawn by paper_figures.py.
+"""Figures 3 and 4, speed-ups, and memory against perplexity. Drawn by figures.py.
 
 The paper's bars are filled and hatched, ours white with a thick edge.
 """
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import units
-from ..figures import _GREY, _figure
+from .. import style, units
+from ..style import GREY, LOOKS, WIDE
 from .cells import EXPERIMENTS
 from .cost import FOOTPRINT_METHODS, FOOTPRINT_SIZES, Memory, footprint_key
-from .curves import LOOKS, WIDE, title
 from .numbers import CURVES, SIZES, Paper, curve_name
 from .speed import MODEL_SIZES, counting, our_effective, our_speedup, reference_experiment
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 def figure3(paper: Paper, root: Path, memory: Memory | None) -> Figure:
     """Throughput and effective throughput; our bars beside the paper's where there are records."""
     methods = ("adam", "galore", "fira", "racs", "alice_0", "alice")
-    figure, rc = _figure(WIDE, 6.0)
+    figure, rc = style.figure(WIDE, 6.0)
     with rc:
         for axes, effective in zip(figure.subplots(2, 1), (False, True), strict=True):
             heights = {name: [paper.throughput(name, size, effective) or 0.0 for size in SIZES] for name in methods}
@@ -40,7 +39,7 @@ def figure3(paper: Paper, root: Path, memory: Memory | None) -> Figure:
             )
             axes.yaxis.set_major_formatter(lambda value, _: units.count(value))
         figure.axes[0].legend(ncols=len(methods), loc="upper right", handlelength=2.4)
-        title(figure, "Throughput (Figure 3, paper: A100)" + _bar_note(figure))
+        style.title(figure, "Throughput (Figure 3): the paper's bars (A100)" + _bar_note(figure))
     return figure
 
 
@@ -60,7 +59,7 @@ def figure4(paper: Paper, root: Path, memory: Memory | None) -> Figure:
     from matplotlib.patches import Patch
 
     sizes, methods = FOOTPRINT_SIZES, FOOTPRINT_METHODS
-    figure, rc = _figure(WIDE, 3.6)
+    figure, rc = style.figure(WIDE, 3.6)
     with rc:
         bars = paper.figures["fig4_memory_footprint_GB"]
         for axes, size in zip(figure.subplots(1, 3), sizes, strict=True):
@@ -76,21 +75,23 @@ def figure4(paper: Paper, root: Path, memory: Memory | None) -> Figure:
                 axes.bar(x + 0.27, computed, 0.27, color="white", edgecolor=colours, linewidth=1.2)
             axes.set_xticks(x, names, rotation=45, ha="right")
             axes.grid(False, axis="x")
-            axes.set_title(f"{size}, GB")
+            axes.set_title(size)
+        figure.axes[0].set_ylabel("GB" if memory is None else "paper: GB, ours: GiB")
+        layerwise_text = "paper, measured, layer by layer, GB (none for Adam)"
         kinds = [
-            Patch(facecolor=_GREY, edgecolor="black", label="paper, measured"),
-            Patch(facecolor="#C8C8C8", edgecolor="black", hatch="////", label="paper, measured, layer by layer"),
-            Patch(facecolor="white", edgecolor=_GREY, label="ours, computed: weights and states only (GiB)"),
+            Patch(facecolor=GREY, edgecolor="black", label="paper, measured, GB"),
+            Patch(facecolor="#C8C8C8", edgecolor="black", hatch="////", label=layerwise_text),
+            Patch(facecolor="white", edgecolor=GREY, label="ours, computed: weights and states only, GiB"),
         ]
         figure.legend(handles=kinds[: 3 if memory is not None else 2], loc="outside lower center", ncols=3)
-        title(figure, "Memory (Figure 4, paper: 256 tokens a batch, BF16)")
+        style.title(figure, "Memory (Figure 4, paper: 256 tokens a batch, BF16)")
     return figure
 
 
 def speedup_bars(paper: Paper, root: Path, memory: Memory | None) -> Figure:
     """Speed-up over Adam in steps and in wall-clock time."""
     methods = ("racs", "alice_0", "alice")
-    figure, rc = _figure(WIDE, 3.8)
+    figure, rc = style.figure(WIDE, 3.8)
     with rc:
         steps = paper.figures["speedup"]["recomputed"]
         in_steps, in_time = {}, {}
@@ -109,11 +110,11 @@ def speedup_bars(paper: Paper, root: Path, memory: Memory | None) -> Figure:
             (right, in_time, ours_time, "in wall-clock time: effective throughput over Adam's"),
         ):
             _bars(axes, SIZES, heights, ours, "{:.2f}", 1)
-            axes.axhline(1, color=_GREY, linewidth=0.8)
+            axes.axhline(1, color=GREY, linewidth=0.8)
             axes.set_title(about)
         left.legend(loc="upper left", ncols=3, handlelength=2.4)
         left.set_ylim(0, max(3.4, left.get_ylim()[1]))
-        title(figure, "Speed-up over Adam, by the paper's definition" + _bar_note(figure))
+        style.title(figure, "Speed-up over Adam, by the paper's definition: the paper's bars" + _bar_note(figure))
     return figure
 
 
@@ -162,17 +163,18 @@ def _bars(
 
 def _bar_note(figure: Figure) -> str:
     drawn = any(container.get_label() == "_ours" for axes in figure.axes for container in axes.containers)
-    return "; white bars: ours" if drawn else ""
+    return " and ours (white)" if drawn else "; none of them has been run here yet"
 
 
 def memory_perplexity(paper: Paper, root: Path, memory: Memory | None) -> Figure:
     """Final perplexity against memory, Tables 2 and 3."""
-    figure, rc = _figure(WIDE, 6.6)
+    figure, rc = style.figure(WIDE, 6.6)
     rows = paper.tables["table3"]["rows"]
     columns = paper.tables["table3"]["columns"]
+    looks = {name: look for name, look in LOOKS.items() if name == "muon" or units.optimizer_name(name) in rows}
     with rc:
         for axes, size in zip(figure.subplots(2, 2).flat, SIZES, strict=True):
-            for name, (colour, _, marker, _) in LOOKS.items():
+            for place, (name, (colour, _, marker, _)) in enumerate(looks.items()):
                 for starred in (True, False):
                     y = paper.perplexity(name, size, starred)
                     if name == "muon":
@@ -182,8 +184,9 @@ def memory_perplexity(paper: Paper, root: Path, memory: Memory | None) -> Figure
                     if x is None or y is None:
                         continue
                     axes.plot(
-                        x, y, marker=marker, markersize=8, linestyle="", color=colour,
-                        markerfacecolor=colour if starred else "white", markeredgewidth=1.4,
+                        x, y, marker=marker, markersize=5.5, linestyle="", color=colour, alpha=0.85,
+                        markerfacecolor=colour if starred else "white", markeredgewidth=1.1,
+                        zorder=3 - 0.1 * place,  # the last of LOOKS, Apollo among them, lie below
                     )  # fmt: skip
                     experiment = f"table2/{name}_{MODEL_SIZES[size]}" + ("" if starred else "_candidate")
                     run = counting(experiment, root) if experiment in EXPERIMENTS else None
@@ -196,14 +199,14 @@ def memory_perplexity(paper: Paper, root: Path, memory: Memory | None) -> Figure
 
         handles = [
             Line2D([], [], color=colour, marker=marker, linestyle="", markersize=7, label=units.optimizer_name(name))
-            for name, (colour, _, marker, _) in LOOKS.items()
+            for name, (colour, _, marker, _) in looks.items()
         ]
-        handles.append(Line2D([], [], color=_GREY, marker="o", linestyle="", label="last layer: Adam"))
+        handles.append(Line2D([], [], color=GREY, marker="o", linestyle="", label="last layer: Adam"))
         handles.append(
-            Line2D([], [], color=_GREY, marker="o", linestyle="", markerfacecolor="white", label="last layer: method")
+            Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="last layer: method")
         )
         figure.legend(handles=handles, loc="outside lower center", ncols=6)
         ours = any(line.get_color() == "black" for axes in figure.axes for line in axes.lines)
         note = "; black: ours" if ours else ""
-        title(figure, "Memory and perplexity as printed (lower left is better)" + note)
+        style.title(figure, "Memory and perplexity as printed (lower left is better)" + note)
     return figure

@@ -66,11 +66,6 @@ class Cell:
     cited: bool = False
 
 
-def record_folder(experiment: str, seed: int, root: str | Path = RECORDS) -> Path:
-    """Where the record of an experiment lies."""
-    return Path(root) / experiment / f"s{seed}"
-
-
 # ---------------------------------------------------------------------------------------------- the runs
 
 _NO_COMPENSATION = {"optimizer.compensation": "none"}

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import yaml
 from .. import units
 from ..records import Run, find_runs
 from ..survey import load_speed
+from ..text import NOT_RUN, markdown
 from .numbers import RESULTS, SIZES, Paper
-from .tables import NOT_RUN, Table, markdown
+from .tables import Table
 
 Memory = Mapping[tuple[str, str, str], float]  # (optimizer, model, last_layer) -> GiB of weights and states
 
@@ -183,7 +184,7 @@ def table3(paper: Paper, printed: Memory, exact: Memory) -> Table:
     """
     rows = []
     for method, size, star, value in [*table3_cells(paper), *more_cells(paper)]:
-        key = (method, MODELS[size], "adam" if star else "candidate")
+        key = memory_key(method, size, star)
         rows.append(
             [
                 units.optimizer_name(method),
@@ -232,7 +233,7 @@ def more_cells(paper: Paper) -> list[tuple[str, str, str, float]]:
 
 
 def computed_memory(paper: Paper, convention: str) -> dict[tuple[str, str, str], float]:
-    """`Memory` for every cell of Table 3, those of `more_cells`, and Figure 4, from shapes, by `optimizers.memory`.
+    """`Memory` for every cell of Table 3, those of `more_cells`, and, if it is "exact", of Figure 4.
 
     Args:
         convention: "exact" | "paper".
@@ -240,18 +241,42 @@ def computed_memory(paper: Paper, convention: str) -> dict[tuple[str, str, str],
     Raises:
         ImportError: torch is not installed.
     """
-    from optimizers.memory import gib
-
-    keys = [
-        (method, MODELS[size], "adam" if star else "candidate")
-        for method, size, star, _ in [*table3_cells(paper), *more_cells(paper)]
-    ]
+    keys = list(printed_memory(paper))
     if convention == "exact":
         keys += [footprint_key(method, size) for method in FOOTPRINT_METHODS for size in FOOTPRINT_SIZES]
-    shapes = {
-        model: yaml.safe_load((CONFIGS / f"{model}.yaml").read_text(encoding="utf-8")) for model in MODELS.values()
+    return memory_of(keys, convention)
+
+
+def printed_memory(paper: Paper) -> dict[tuple[str, str, str], float]:
+    """`Memory` as printed: the cells of Table 3, then those of `more_cells`."""
+    return {
+        memory_key(method, size, star): value
+        for method, size, star, value in [*table3_cells(paper), *more_cells(paper)]
     }
-    return {key: gib(key[0], shapes[key[1]], key[2], convention) for key in dict.fromkeys(keys)}
+
+
+def memory_of(keys: Iterable[tuple[str, str, str]], convention: str) -> dict[tuple[str, str, str], float]:
+    """`Memory` of any optimizers and models, from shapes, by `optimizers.memory`.
+
+    Raises:
+        ImportError: torch is not installed.
+        ValueError: an optimizer that the convention does not know.
+    """
+    from optimizers.memory import gib
+
+    wanted = list(dict.fromkeys(keys))
+    shapes = {model: shape_of(model) for model in dict.fromkeys(model for _, model, _ in wanted)}
+    return {(name, model, last): gib(name, shapes[model], last, convention) for name, model, last in wanted}
+
+
+def shape_of(model: str) -> dict[str, Any]:
+    """The numbers of configs/model/<model>.yaml."""
+    return yaml.safe_load((CONFIGS / f"{model}.yaml").read_text(encoding="utf-8"))
+
+
+def memory_key(optimizer: str, size: str, star: str) -> tuple[str, str, str]:
+    """("alice", "1.3B", "*") -> ("alice", "llama_1b", "adam"), a key of `Memory`."""
+    return optimizer, MODELS[size], "adam" if star else "candidate"
 
 
 def _beside(ours: float | None, printed: float) -> list[str]:
@@ -266,7 +291,7 @@ def _signed(number: float) -> str:
 
 def footprint_key(optimizer: str, size: str) -> tuple[str, str, str]:
     """Key of `Memory` for a bar of Figure 4: the candidate has the last layer (F.4), but for Adam and RACS."""
-    return optimizer, MODELS[size], "adam" if optimizer in ("adam", "racs") else "candidate"
+    return memory_key(optimizer, size, "*" if optimizer in ("adam", "racs") else "")
 
 
 def figure4(paper: Paper, exact: Memory) -> Table:
@@ -309,7 +334,7 @@ def overview(paper: Paper, printed: Memory) -> str:
         texts = []
         for column in columns:
             value = cells.get((method, column))
-            ours = printed.get((method, MODELS[column.rstrip("*")], "adam" if column.endswith("*") else "candidate"))
+            ours = printed.get(memory_key(method, column.rstrip("*"), column[len(column.rstrip("*")) :]))
             texts.append("" if value is None else f"{value:.2f} / " + ("–" if ours is None else f"{ours:.2f}"))
         rows.append([units.optimizer_name(method), *texts])
     return markdown(["paper / ours", *columns], rows)

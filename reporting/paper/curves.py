@@ -1,4 +1,4 @@
-"""Figures 1, 2, 5 and 6: the paper's curves, digitised, with ours over them. Drawn by paper_figures.py.
+"""Figures 1, 2, 5 and 6: the paper's curves, digitised, with ours over them. Drawn by figures.py.
 
 Methods differ in colour, dash and marker, so that the figures can be read in black and white. The paper's curves are thin
 and without markers, ours have them.
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import units
-from ..figures import _COLOURS, _figure, _log_axis
+from .. import style, units
 from ..records import Run
+from ..style import LOOKS, WIDE
 from .cells import CELLS, EXPERIMENTS
 from .cost import Memory
 from .numbers import CURVES, SIZES, Paper, curve_name
@@ -25,23 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# colour, dash, marker, hatch of each method
-LOOKS: dict[str, tuple[str, Any, str, str]] = {
-    "adam": (_COLOURS["adam"], (0, (6, 1.5, 1, 1.5, 1, 1.5)), "D", ""),
-    "galore": ("#CC79A7", (0, (1, 1.2)), "v", "...."),
-    "fira": ("#D55E00", (0, (5, 1.5)), "X", "////"),
-    "racs": (_COLOURS["racs"], (0, (3, 1.2, 1, 1.2)), "s", "\\\\\\\\"),
-    "alice_0": (_COLOURS["alice_0"], (0, (2, 1)), "P", "----"),
-    "alice": (_COLOURS["alice"], "-", "o", "xxxx"),
-    "apollo_mini": ("#B8A000", "-", "<", ""),
-    "apollo_svd": ("#7A4FB5", "-", ">", ""),
-    "muon": (_COLOURS["muon"], "-", "^", ""),
-}
 _SERIES = (  # of figures whose curves are not methods
-    ("#0072B2", "-", "o"),
-    ("#D55E00", (0, (5, 1.5)), "X"),
-    ("#009E73", (0, (3, 1.2, 1, 1.2)), "s"),
-    ("#4D4D4D", (0, (1, 1.2)), "v"),
+    (style.BLUE, "-", "o"),
+    (style.VERMILION, (0, (5, 1.5)), "X"),
+    (style.GREEN, (0, (3, 1.2, 1, 1.2)), "s"),
+    (style.DARK, (0, (1, 1.2)), "v"),
 )
 # White behind the words, because our curves come in from above
 _LEGEND: dict[str, Any] = {
@@ -53,14 +41,16 @@ _LEGEND: dict[str, Any] = {
     "framealpha": 0.85,
     "edgecolor": "none",
 }
-WIDE = 9.0  # inches
 
 
 def figure1_2(paper: Paper, root: Path, memory: Memory | None) -> Figure:
     """Validation perplexity over steps at the four sizes."""
-    figure, rc = _figure(WIDE, 7.4)
+    figure, rc = style.figure(WIDE, 7.4)
     with rc:
-        for axes, size in zip(figure.subplots(2, 2).flat, SIZES, strict=True):
+        grid = figure.subplots(2, 2)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("validation perplexity")
+        for axes, size in zip(grid.flat, SIZES, strict=True):
             figure_name = CURVES[size]
             for optimizer in ("adam", "galore", "fira", "racs", "alice_0", "alice"):
                 colour, dash, marker, _ = LOOKS[optimizer]
@@ -69,12 +59,12 @@ def figure1_2(paper: Paper, root: Path, memory: Memory | None) -> Figure:
                 text = f"{units.optimizer_name(optimizer)}  {final:.2f}"
                 axes.plot(steps, values, color=colour, linestyle=dash, linewidth=1.1, label=text)
                 _draw_ours(axes, reference_experiment(optimizer, size), root, colour, marker)
-            _log_axis(axes, *_range(axes))
+            style.log_axis(axes, *_range(axes))
             axes.set_title(f"{size}  (Figure {figure_name.split('_')[0].removeprefix('fig')})")
             axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
             axes.set_xlabel("steps")
             axes.legend(title="paper, final", **_LEGEND)
-        title(figure, "Validation perplexity on C4: the paper's curves" + _ours_note(figure))
+        style.title(figure, "Validation perplexity on C4: the paper's curves" + _ours_note(figure))
     return figure
 
 
@@ -87,32 +77,35 @@ def figure5(paper: Paper, root: Path, memory: Memory | None) -> Figure:
         "5d": ("fig5d_last_layer", "last layer; lm head: by Adam"),
         "5e": ("fig5e_racs_ema", "RACS's averages"),
     }
-    figure, rc = _figure(WIDE, 6.0)
+    figure, rc = style.figure(WIDE, 6.0)
     with rc:
         grid = list(figure.subplots(2, 3).flat)
         for axes, (panel, (key, about)) in zip(grid, panels.items(), strict=False):
             cells = [cell for cell in CELLS if cell.table == f"figure{panel}"]
             for cell, (colour, dash, marker) in zip(cells, _SERIES, strict=False):
                 steps, values = paper.curve(key, cell.row)
-                name = "optimal (the paper's)" if cell.row == "ours" else cell.row
+                name = "optimal" if cell.row == "ours" else cell.row
                 text = f"{name}  {cell.paper_value:.4f}"
                 axes.plot(steps, values, color=colour, linestyle=dash, linewidth=1.1, label=text)
                 _draw_ours(axes, cell.experiment, root, colour, marker)
-            _log_axis(axes, *_range(axes, room=1.16))
+            style.log_axis(axes, *_range(axes, room=1.2))
             axes.set_title(f"{panel}: {about}", fontsize=8.5)
             axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
             axes.set_xlabel("steps")
             axes.legend(**_LEGEND)
         grid[-1].set_axis_off()
-        title(figure, "Ablations at 130M, validation perplexity: the paper's curves" + _ours_note(figure))
+        style.title(figure, "Ablations at 130M, validation perplexity: the paper's curves" + _ours_note(figure))
     return figure
 
 
 def figure6(paper: Paper, root: Path, memory: Memory | None) -> Figure:
     """Similarity of four columns of the basis before and after each update."""
-    figure, rc = _figure(WIDE, 5.6)
+    figure, rc = style.figure(WIDE, 5.6)
     with rc:
-        for axes, (index, column) in zip(figure.subplots(2, 2).flat, enumerate(BASIS_COLUMNS), strict=True):
+        grid = figure.subplots(2, 2)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("|cosine| before and after an update")
+        for axes, (index, column) in zip(grid.flat, enumerate(BASIS_COLUMNS), strict=True):
             cells = [cell for cell in CELLS if cell.table == "figure6"]
             for cell, (colour, dash, marker) in zip(cells, _SERIES, strict=False):
                 steps, values = paper.curve(f"fig6_index{column}", cell.row)
@@ -126,15 +119,15 @@ def figure6(paper: Paper, root: Path, memory: Memory | None) -> Figure:
                         markersize=3,
                         markevery=10,
                         linewidth=1.8,
-                        label=f"{cell.row}, ours",
+                        label=f"ours: {cell.row}",
                     )
             axes.set_ylim(0, 1.02)
-            axes.set_title(f"column {column}")
+            axes.set_title(f"column {column} of U, by descending eigenvalue")
             axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
             axes.set_xlabel("steps")
         handles, texts = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), handlelength=3.2)
-        title(figure, "|cosine| of a column of U before and after an update, by descending eigenvalue (Figure 6)")
+        style.title(figure, "The basis at each update (Figure 6): the paper's curves" + _ours_note(figure))
     return figure
 
 
@@ -208,7 +201,3 @@ def _range(axes: Axes, room: float = 1.03) -> tuple[float, float]:
 def _ours_note(figure: Figure) -> str:
     drawn = any(str(line.get_label()).startswith("ours: ") for axes in figure.axes for line in axes.lines)
     return " (thin) and ours (markers)" if drawn else "; none of them has been run here yet"
-
-
-def title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10.5, fontweight="bold")

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import style
 from . import bars, curves
 from .cost import Memory
 from .numbers import Paper, load_paper
@@ -20,8 +21,6 @@ from .records import RUNS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_DPI = 150  # a 9-inch figure shows sharp at a page's 900 pixels
 
 
 def draw_all(out: str | Path, root: Path = RUNS, memory: Memory | None = None) -> list[Path]:
@@ -36,14 +35,7 @@ def draw(name: str, out: str | Path, root: Path = RUNS, memory: Memory | None = 
         ValueError: there is no such figure, or a record is malformed.
         ImportError: matplotlib is not installed.
     """
-    figure = make(name, root, memory)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _style():
-        # No date, no version and no random names inside: the same records give the same bytes.
-        figure.savefig(out / f"{name}.png", dpi=_DPI, metadata={"Software": None})
-        figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
-    return [out / f"{name}.png", out / f"{name}.svg"]
+    return style.save_both(make(name, root, memory), Path(out), name)
 
 
 def make(name: str, root: Path = RUNS, memory: Memory | None = None) -> Figure:
@@ -51,12 +43,6 @@ def make(name: str, root: Path = RUNS, memory: Memory | None = None) -> Figure:
     if name not in FIGURES:
         raise ValueError(f"There is no figure {name!r}: choose one of {', '.join(FIGURES)}.")
     return FIGURES[name](load_paper(), root, memory)
-
-
-def _style() -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context({"svg.hashsalt": "racs-alice", "hatch.linewidth": 0.5})
 
 
 FIGURES: dict[str, Callable[[Paper, Path, Memory | None], Figure]] = {

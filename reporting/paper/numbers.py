@@ -2,7 +2,7 @@
 
 paper = load_paper()
 paper.perplexity("alice", "60M", starred=False)          28.6970, what Figure 2a prints
-step_speedup(*paper.curve("fig2a_60M", "Alice"), target=33.9451, steps=10_000)      2.22
+step_speedup(*paper.curve("fig2a_60M", "Alice"), target=33.9451, total=10_000)      2.22
 
 The files of results/paper/ are described in results/paper/README.md. Names of methods are config names ("alice_0").
 """
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import units
+from ..curves import first_evaluation
 from ..records import Run, lookup
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -102,22 +103,6 @@ def curve_name(optimizer: str, starred: bool) -> str:
     return f"{name}+lm head" if starred and optimizer in ("alice", "alice_0") else name
 
 
-def first_evaluation(
-    steps: NDArray[np.float64], values: NDArray[np.float64], target: float, every: int = EVALUATE_EVERY
-) -> int | None:
-    """The first step of the evaluation grid whose value is at or under `target`; None if there is none.
-
-    Args:
-        steps: evaluated steps, increasing, [points].
-        values: perplexities there, [points].
-        every: only multiples of it count, so that finer evaluations give nobody an advantage; the last point always does.
-    """
-    for step, value in zip(steps, values, strict=True):
-        if value <= target and (step % every == 0 or step == steps[-1]):
-            return int(step)
-    return None
-
-
 def step_speedup(
     steps: NDArray[np.float64], values: NDArray[np.float64], target: float, total: int, every: int = EVALUATE_EVERY
 ) -> float | None:
@@ -138,7 +123,6 @@ class Speedup:
     size: str
     reference: str  # config name
     printed: float
-    first_step: int | None
     computed: float | None
 
 
@@ -159,9 +143,8 @@ def printed_speedups(paper: Paper) -> list[Speedup]:
 
 
 def _speedup(paper: Paper, size: str, reference: str, target: float, printed: float) -> Speedup:
-    steps, values = paper.curve(CURVES[size], "Alice")
-    first = first_evaluation(steps, values, target)
-    return Speedup(size, reference, printed, first, paper.steps(size) / first if first else None)
+    computed = step_speedup(*paper.curve(CURVES[size], "Alice"), target, paper.steps(size))
+    return Speedup(size, reference, printed, computed)
 
 
 def final_evaluation(run: Run) -> float:
@@ -182,7 +165,8 @@ def effective_throughput(run: Run, reference: Run) -> float | None:
 
     None if `run` never gets there or its time is not recorded. Both must have run on the same machine to mean anything.
     """
-    first = first_evaluation(run.evals["step"], run.evals["perplexity"], final_evaluation(reference))
+    target = final_evaluation(reference)
+    first = first_evaluation(run.evals["step"], run.evals["perplexity"], target, EVALUATE_EVERY)
     seconds, steps = (lookup(run.summary, key) for key in ("training_seconds", "steps"))
     total = lookup(reference.summary, "tokens")
     if first is None or not seconds or not steps or not total:

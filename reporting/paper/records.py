@@ -23,11 +23,12 @@ import yaml
 
 from .. import units
 from ..records import Run, SafeLoader, find_runs, lookup
-from .cells import EXPERIMENTS, SIZES, Cell, Experiment
+from ..statistics import deviation
+from .cells import EXPERIMENTS, RECORDS, SIZES, Cell, Experiment
 from .numbers import RESULTS, load_paper
 
 CONFIGS = RESULTS.parent / "configs"
-RUNS = RESULTS / "runs" / "paper"
+RUNS = RESULTS.parent / RECORDS
 
 C4 = ("allenai/c4", "c4_local")  # also what prepared data names as its source
 VALIDATION_TOKENS = 9_900_000  # at least; the evaluation of the protocol reads 10M tokens
@@ -79,8 +80,7 @@ class Filling:
     @property
     def spread(self) -> float | None:
         """Standard deviation over seeds (n - 1); None with one seed or a diverged run."""
-        known = len(self.values) > 1 and all(math.isfinite(value) for value in self.values)
-        return statistics.stdev(self.values) if known else None
+        return deviation(self.values)
 
 
 def fill(cell: Cell, root: str | Path = RUNS) -> Filling:
@@ -116,13 +116,13 @@ def experiment_runs(experiment: str, root: str | Path = RUNS) -> list[Run]:
 
 
 def value_of(run: Run, cell: Cell) -> float:
-    """The perplexity that the cell asks for: final, or at its step. NaN if it is not there yet."""
-    if cell.step is None or run.diverged is not None:
+    """The perplexity that the cell asks for: final, or at its step. NaN if it is not there yet, infinite if it never will."""
+    if cell.step is None:
         return run.perplexity
     for step, value in zip(run.evals["step"], run.evals["perplexity"], strict=True):
         if step == cell.step:
             return float(value)
-    return math.nan
+    return math.nan if run.diverged is None else math.inf
 
 
 def misfits(run: Run, experiment: Experiment) -> list[str]:

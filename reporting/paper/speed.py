@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import units
 from ..records import Run
+from ..text import NOT_RUN, markdown
 from .cells import EXPERIMENTS
 from .cells import SIZES as OUR_SIZES
 from .numbers import (
@@ -18,11 +19,11 @@ from .numbers import (
     Paper,
     effective_throughput,
     final_evaluation,
-    first_evaluation,
     printed_speedups,
+    step_speedup,
 )
 from .records import RUNS, experiment_runs, misfits
-from .tables import NOT_RUN, Table, markdown
+from .tables import Table
 
 MODEL_SIZES = {printed: ours for ours, printed in OUR_SIZES.items()}  # "60M" -> "60m"
 
@@ -89,8 +90,7 @@ def our_speedup(
         target = final_evaluation(other) if other else None
     if run is None or target is None:
         return None
-    first = first_evaluation(run.evals["step"], run.evals["perplexity"], target)
-    return paper.steps(size) / first if first else 0.0
+    return step_speedup(run.evals["step"], run.evals["perplexity"], target, paper.steps(size)) or 0.0
 
 
 def our_effective(optimizer: str, size: str, root: Path = RUNS) -> float | None:
@@ -98,7 +98,7 @@ def our_effective(optimizer: str, size: str, root: Path = RUNS) -> float | None:
     run, adam = (counting(reference_experiment(name, size), root) for name in (optimizer, "adam"))
     if run is None or adam is None or hardware(run) != hardware(adam):
         return None
-    if first_evaluation(run.evals["step"], run.evals["perplexity"], final_evaluation(adam)) is None:
+    if step_speedup(run.evals["step"], run.evals["perplexity"], final_evaluation(adam), total=1) is None:
         return 0.0
     return effective_throughput(run, adam)
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import units
 from ..records import Run
+from ..text import NOT_RUN, markdown
 from .cells import CELLS, EXPERIMENTS, Cell
 from .numbers import SIZES, Paper
 from .records import RUNS, Filling, basis_similarities, fill
 
-NOT_RUN = "not run"
 HEAD = ("paper", "ours", "difference", "ours, GaLore's evaluation", "runs (seeds)", "command")
 BASIS_COLUMNS = (1, 2, 4, 8)  # of Figure 6
 
@@ -34,12 +34,6 @@ class Table:
     title: str
     about: str
     body: str
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A markdown table whose first `left` columns are set left, the others right."""
-    marks = [":--" if i < left else "--:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *rows])
 
 
 # ------------------------------------------------------------------------------------------- cells of perplexity
@@ -60,7 +54,7 @@ def table2(paper: Paper, root: Path = RUNS) -> Table:
         "table2",
         "Table 2: final perplexity on C4",
         "A star: Adam trains the last layer (`optimizer.last_layer=adam`, the default). Cited cells are other "
-        "papers' numbers, which the authors did not run; where we have the method, a command runs it all the same. "
+        "papers' numbers, which the authors did not run; they have a command only where the paper gives hyper-parameters. "
         "Muon's row is of the ICLR version, which prints no hyper-parameters for it. Table 2 prints two decimals, "
         "mostly cut off; the difference is to the four decimals of Figures 1 and 2 where they show the run.",
         markdown(["method", "size", *HEAD], rows, left=2) + others(_cells("table2"), root),
@@ -191,7 +185,7 @@ def figure6(paper: Paper, root: Path = RUNS) -> Table:
     rows = []
     for cell in _cells("figure6"):
         similar: list[list[float]] = [[] for _ in BASIS_COLUMNS]
-        runs = fill(Cell("table5", cell.row, cell.column, cell.experiment, None), root).runs
+        runs = fill(cell, root).runs
         matrices = basis_similarities(runs[0]) if runs else {}
         for steps in matrices.values():
             for values in steps.values():
@@ -225,14 +219,13 @@ def figure6(paper: Paper, root: Path = RUNS) -> Table:
 
 def peers(paper: Paper) -> Table:
     """What other papers report for the same methods, sizes and, but for 60M, steps."""
-    scale, swapped = (
-        paper.peers["scale_2506.16659"]["ppl"],
-        {"Muon": "muon", "Adam": "adam", "GaLore": "galore", "Fira": "fira"},
-    )
+    scale = paper.peers["scale_2506.16659"]["ppl"]
     rows = []
-    for name, optimizer in swapped.items():
-        ours = [paper.printed(optimizer, size, True) for size in SIZES]
-        rows.append([name, *(f"{a:.2f} / {b:.2f}" for a, b in zip(ours, scale[name], strict=True) if a is not None)])
+    for optimizer in ("muon", "adam", "galore", "fira"):
+        name = units.optimizer_name(optimizer)
+        printed = [paper.printed(optimizer, size, True) for size in SIZES]
+        pairs = zip(printed, scale[name], strict=True)
+        rows.append([name, *(f"{'–' if here is None else f'{here:.2f}'} / {there:.2f}" for here, there in pairs)])
     return Table(
         "peers",
         "The same baselines in another paper",

@@ -52,6 +52,8 @@ def test_packages_that_were_installed_are_found():
         "sophia_opt",
         "adam_mini",
         "timm",
+        "nbformat",
+        "nbclient",
     ]
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting.paper.cells import ALIASES, CELLS, EXPERIMENTS, record_folder, table2_name
+from reporting.paper.cells import ALIASES, CELLS, EXPERIMENTS, table2_name
 
 ROOT = Path(__file__).parents[2]
 FIGURES = json.loads((ROOT / "results" / "paper" / "figures.json").read_text())
@@ -99,10 +99,6 @@ def test_steps_are_evaluations_of_the_run_and_curves_are_in_the_figures() -> Non
             assert len(FIGURES["fig6_index1"][cell.row]) in (99, 100)
     # Figure 6 has updates of 20,000 steps: the size of its runs
     assert {EXPERIMENTS[cell.experiment].steps for cell in CELLS if cell.table == "figure6"} == {20_000}
-
-
-def test_a_record_has_one_place() -> None:
-    assert record_folder("table2/alice_60m", 42).as_posix() == "results/runs/paper/table2/alice_60m/s42"
 
 
 def test_the_list_needs_no_torch() -> None:

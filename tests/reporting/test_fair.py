@@ -14,11 +14,12 @@ from scipy import stats
 
 from reporting.fair.answer import answer
 from reporting.fair.axes import unfinished
+from reporting.fair.circumstances import made, progress
 from reporting.fair.figures import available, draw
-from reporting.fair.gains import batch_runs, best_at, gains, settled
+from reporting.fair.gains import at_end, batch_runs, best_at, gains, settled
 from reporting.fair.page import page, write
 from reporting.fair.records import Fair, Grid, Row, ablations, load_fair, methods, repeats, wall_clock
-from reporting.fair.tables import CHOICES, PARTS, batch, repeat, stage_1, stage_2, steps_table, variants
+from reporting.fair.tables import CHOICES, PARTS, batch, gains_table, repeat, stage_1, stage_2, steps_table, variants
 from scripts.fair_report import plans
 from tests.reporting.fair_plans import BEST, MODELS, STEPS, perplexity, write_plans
 from tests.reporting.fair_records import write_fair
@@ -98,6 +99,24 @@ def test_stage_1_names_best_pair_and_published_rate(fair, whole):
     assert row[-2:] == ["0.02", f"{there:.2f}"]
 
 
+def test_rates_near_the_best_at_an_end_of_the_grid_are_said(fair, whole):
+    def near(profile):
+        runs = [
+            SimpleNamespace(lr=lr, adam_lr=0.02, perplexity=value, path=whole / "run", optimizer="racs")
+            for lr, value in profile.items()
+        ]
+        plans = SimpleNamespace(published={"racs": 0.02})
+        known = SimpleNamespace(
+            plans=plans, grid=lambda model, name: Grid(runs, len(runs), finished=True, interior=True)
+        )
+        return cells(stage_1(known, TINY, whole), "RACS")[6]
+
+    assert near({0.006: 60.0, 0.02: 50.0, 0.06: 60.0}) == "0.02 alone"
+    assert near({0.02: 50.0, 0.06: 60.0}) == "0.02 alone, an end of the grid"
+    assert near({0.006: 60.0, 0.02: 50.0, 0.06: 51.0, 0.2: 70.0}) == "0.02 to 0.06 (× 3)"
+    assert near({0.006: 60.0, 0.02: 50.0, 0.06: 51.0}) == "0.02 to 0.06 (× 3), an end of the grid"
+
+
 def test_an_unfinished_grid_is_provisional_and_counts_its_runs(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "runs/fair_rates/llama_tiny/alice-lr0.02-adam0.006-s42")  # the best
@@ -113,7 +132,7 @@ def test_a_grid_in_which_everything_diverged_says_so(tmp_path):
     write_fair(tmp_path / "runs", write_plans(tmp_path / "plans"), value)
     fair = load(tmp_path)
     row = cells(stage_1(fair, TINY, tmp_path), "RACS")
-    assert row[3] == "all diverged" and row[4] == "11 of 11, 11 diverged"
+    assert row[3] == "all diverged" and row[4] == "9 of 9, 9 diverged"
     assert "Not run: RACS." in stage_2(fair, TINY, tmp_path)
 
 
@@ -216,6 +235,18 @@ def test_gains_are_none_where_runs_are_missing(fair):
     assert gains(fair, TINY, "muon").optimizer is None
 
 
+def test_gains_made_with_a_rate_at_the_end_of_its_grid_are_marked(fair, whole):
+    assert "as_paper" not in gains(fair, TINY, "racs").ends and at_end(fair, TINY, best_at(fair, TINY, "racs", 0.001))
+    # Without the largest rate RACS's best one, 0.2, is an end at 0.02; Adam's is none there.
+    fair = without(fair, "fair_rates/llama_tiny/racs-lr0.6-adam0.02-s42")
+    assert gains(fair, TINY, "racs").ends >= {"as_paper", "optimizer", "at_own_best", "within"}
+    assert "rates" not in gains(fair, TINY, "racs").ends
+    rows = [line for line in gains_table(fair).splitlines() if line.startswith("| `llama_tiny` | RACS")]
+    shown = [cell.strip() for cell in rows[0].strip("|").split("|")][2:]
+    assert [cell.endswith("†") for cell in shown] == [True, False, True, True, True, True]
+    assert "some best matrix rates are at an end of those tried" in " ".join(answer(fair))
+
+
 # Ablations, batch, repetitions -------------------------------------------------------------------------------------------
 
 
@@ -276,6 +307,28 @@ def test_the_answer_says_what_holds_on_both_models_and_where_they_disagree(fair)
     assert f"{found.as_paper:+.2f} on `llama_tiny` ({found.rates:+.2f} from the rates, {found.optimizer:+.2f}" in text
     gain_64k = math.log(30 / 20)
     assert f"Alice from {math.log(60 / 50):+.2f} to {gain_64k:+.2f} on `llama_tiny`" in text
+
+
+def test_what_the_paper_does_not_say_is_not_stated_as_a_fact(fair, whole):
+    said = next(sentence for sentence in answer(fair) if "0.02" in sentence)
+    assert "probably compares" in said and "it does not say" in said and "rates were selected as well" in said
+    text = write(page(fair, whole, []))
+    assert "if they share the matrices' rate as in the code base that the paper probably grew from" in text
+    assert "Wikipedia in C4's file layout, not C4" in text.split("##")[0]
+
+
+def test_commits_are_listed_by_part(fair, whole):
+    run = fair.ended["fair_repeat/llama_tiny/alice-s42"]
+    other = replace(run, environment={**run.environment, "commit": "0123456789abcdef"})
+    text = made(Fair(fair.plans, {**fair.ended, "fair_repeat/llama_tiny/alice-s42": other}))
+    lines = {name: line for line in text.splitlines() for name in re.findall("^- Commits, ([^:]*):", line)}
+    assert list(lines) == ["stage 1", "control", "stage 2", "ablations", "batch size", "the same run twice"]
+    assert [name for name, line in lines.items() if "0123456789" in line] == ["the same run twice"]
+
+
+def test_the_control_grows_as_well(fair):
+    assert "Not complete" not in " ".join(answer(fair)) and "grids grow" not in progress(fair)
+    assert "stage 1 and control ask for more" in progress(without(fair, "fair_control/llama_tiny/alice-lr0.06-*"))
 
 
 def test_the_answer_of_an_unfinished_comparison_claims_nothing_in_general(fair):

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from reporting import comparison_figure, figures, find_runs, load_run, training_picture
+from reporting import comparison_figure, figures, find_runs, load_run, style, training_picture
 from tests.reporting.synthetic import TOKENS_PER_STEP, write_run
 
 
@@ -13,8 +13,8 @@ from tests.reporting.synthetic import TOKENS_PER_STEP, write_run
 def drawn(monkeypatch):
     """The figures that are saved, to look at what stands on their axes."""
     saved = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    save = style.save
+    monkeypatch.setattr(style, "save", lambda figure, path: saved.append(figure) or save(figure, path))
     return saved
 
 
@@ -126,6 +126,26 @@ def test_the_right_panel_goes_through_the_best_matrix_rate_at_each_adam_rate(tmp
     assert faint == [58.0, 64.0, 66.0]
     assert right.get_xscale() == "log"
     assert [tick for tick in right.get_xticks() if tick in (0.001, 0.005)] == [0.001, 0.005]
+
+
+def test_the_right_panel_has_numbers_up_to_its_highest_line(tmp_path, drawn):
+    """Round numbers by factors would leave a gap above 100."""
+    for adam_lr, perplexity in ((0.001, 127.0), (0.005, 98.0), (0.02, 61.0)):
+        write_run(tmp_path / f"{adam_lr}", "adam", 0.001, adam_lr, perplexity=perplexity, steps=6, eval_every=2)
+    comparison_figure(find_runs(tmp_path), tmp_path / "out.png")
+    ticks = drawn[0].axes[1].get_yticks()
+    assert ticks.max() > 0.9 * 127 and len(ticks) >= 4
+    assert np.ptp(np.diff(ticks)) == pytest.approx(0)
+
+
+def test_each_method_keeps_its_colour_and_others_take_none_of_theirs(tmp_path, drawn):
+    for name in ("fira", "muon", "lion"):
+        write_run(tmp_path / name, name, 0.01, 0.001, perplexity=60.0, steps=6, eval_every=2)
+    comparison_figure(find_runs(tmp_path), tmp_path / "out.png")
+    left = drawn[0].axes[0]
+    for name, start in (("fira", "Fira"), ("muon", "Muon")):
+        assert (line(left, start).get_color(), line(left, start).get_marker()) == style.LOOKS[name][::2]
+    assert line(left, "Lion").get_color() not in [colour for colour, *_ in style.LOOKS.values()]
 
 
 def test_a_diverged_run_stands_at_the_upper_edge(tmp_path, drawn, sweep):

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reporting.curves import first_evaluation
 from reporting.paper.numbers import (
     CURVES,
+    EVALUATE_EVERY,
     SIZES,
     effective_throughput,
-    first_evaluation,
     load_paper,
     printed_speedups,
     step_speedup,
@@ -37,7 +38,8 @@ def test_the_first_evaluations_are_those_of_the_specification() -> None:
     """Alice reaches Adam's perplexity at these steps, RACS at those (spec, section 9)."""
     finals = PAPER.figures["final_values_printed_in_figures"]
     for name, steps in (("Alice", (4500, 10000, 24500, 35500)), ("RACS", (6000, 12000, 25500, 36500))):
-        found = [first_evaluation(*PAPER.curve(CURVES[size], name), finals[CURVES[size]]["AdamW"]) for size in SIZES]
+        curves = {size: PAPER.curve(CURVES[size], name) for size in SIZES}
+        found = [first_evaluation(*curves[size], finals[CURVES[size]]["AdamW"], EVALUATE_EVERY) for size in SIZES]
         assert found == list(steps)
 
 
@@ -86,21 +88,21 @@ def test_last_points_of_curves_are_the_printed_finals() -> None:
 
 def test_only_multiples_of_the_grid_count() -> None:
     steps, values = np.array([100.0, 250.0, 500.0, 750.0, 1000.0]), np.array([90.0, 40.0, 50.0, 30.0, 20.0])
-    assert first_evaluation(steps, values, target=45) == 1000
+    assert first_evaluation(steps, values, target=45, every=500) == 1000
     assert first_evaluation(steps, values, target=45, every=250) == 250
-    assert first_evaluation(steps, values, target=50) == 500
-    assert first_evaluation(steps, values, target=19.9) is None
+    assert first_evaluation(steps, values, target=50, every=500) == 500
+    assert first_evaluation(steps, values, target=19.9, every=500) is None
     assert step_speedup(steps, values, 19.9, 1000) is None
 
 
 def test_the_last_evaluation_counts_wherever_it_is() -> None:
-    assert first_evaluation(np.array([500.0, 777.0]), np.array([9.0, 5.0]), target=6) == 777
+    assert first_evaluation(np.array([500.0, 777.0]), np.array([9.0, 5.0]), target=6, every=500) == 777
 
 
 @given(st.lists(st.floats(1.0, 1e6), min_size=1, max_size=20), st.floats(1.0, 1e6), st.floats(1.0, 1e6))
 def test_an_easier_target_is_never_reached_later(values: list[float], one: float, other: float) -> None:
     steps = 500.0 * np.arange(1, len(values) + 1)
-    hard, easy = (first_evaluation(steps, np.array(values), target) for target in sorted((one, other)))
+    hard, easy = (first_evaluation(steps, np.array(values), target, 500) for target in sorted((one, other)))
     assert hard is None or (easy is not None and easy <= hard)
 
 
@@ -108,7 +110,7 @@ def test_effective_throughput_is_adams_tokens_over_the_time_to_its_perplexity(tm
     times = {"training_seconds": 50.0}
     adam = load_run(write_run(tmp_path / "adam", "adam", perplexity=60.0, steps=1000, eval_every=500))
     fast = write_run(tmp_path / "a", perplexity=30.0, steps=2000, eval_every=500, log_every=100, summary=times)
-    first = first_evaluation(load_run(fast).evals["step"], load_run(fast).evals["perplexity"], 60.0)
+    first = first_evaluation(load_run(fast).evals["step"], load_run(fast).evals["perplexity"], 60.0, 500)
     assert first in (1000, 1500)
     assert effective_throughput(load_run(fast), adam) == pytest.approx(1000 * 4096 / (50.0 * first / 2000))
     slow = write_run(tmp_path / "b", perplexity=61.0, steps=1000, eval_every=500, summary=times)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from pretraining.config import choices
-from reporting import figures, find_runs, load_speed, survey_figure, survey_report, survey_table, units
+from reporting import find_runs, load_speed, style, survey_figure, survey_report, survey_table, units
 from reporting.survey import FAMILIES, SPEED_FORMAT, entries, survey_remarks
 from tests.reporting.synthetic import write_run
 
@@ -153,8 +153,8 @@ def test_speeds_are_read_back_and_anything_else_is_refused(tmp_path):
 def drawn(monkeypatch):
     """The figures that are saved, to look at what stands on their axes."""
     saved = []
-    save = figures._save
-    monkeypatch.setattr("reporting.survey._save", lambda figure, path: saved.append(figure) or save(figure, path))
+    save = style.save
+    monkeypatch.setattr(style, "save", lambda figure, path: saved.append(figure) or save(figure, path))
     return saved
 
 

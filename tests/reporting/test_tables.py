@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def test_table_4_takes_the_evaluations_of_a_run_that_is_going_on(tmp_path: Path)
     without = [line for line in lines[: upto + 1] if '"kind": "eval", "step": 40000,' not in line]
     (folder / "metrics.jsonl").write_text("".join(without))
     assert cells_of(tables.table4(PAPER, tmp_path), "RACS (1B)", "40K")[3] == "not run"
+
+
+def test_a_run_of_table_4_that_diverged_late_keeps_its_earlier_cells(tmp_path: Path) -> None:
+    folder = write_cell(tmp_path, "table4/racs_1b", perplexity=13.0, diverged=140_000)
+    values = dict(zip(*(load_run(folder).evals[key] for key in ("step", "perplexity")), strict=True))
+    table = tables.table4(PAPER, tmp_path)
+    for column, step in (("40K", 40_000), ("120K", 120_000)):
+        assert f"{values[step]:.2f}" in cells_of(table, "RACS (1B)", column)[3]
+    assert "diverged" in cells_of(table, "RACS (1B)", "150K")[3]
 
 
 @pytest.mark.parametrize("name", [*sorted({name.split("_")[0]: name for name in EXPERIMENTS}.values()), ALICE])
@@ -370,6 +380,46 @@ def test_curves_of_ours_are_told_from_the_papers(tmp_path: Path) -> None:
     assert [label for label in labels if label.startswith("ours")] == ["ours: 8.2M tokens of wikipedia", "ours: 29.00"]
     assert "ours (markers)" in figure.get_suptitle()
     assert not any(str(line.get_label()).startswith("ours") for line in figure.axes[1].lines)
+
+
+def test_bars_and_similarities_say_whose_they_are(tmp_path: Path) -> None:
+    from reporting.paper.figures import make
+
+    for name in ("figure3", "speedups", "figure6"):
+        title = make(name, tmp_path).get_suptitle()
+        assert "the paper's" in title and title.endswith("; none of them has been run here yet")
+    write_cell(tmp_path, "table2/alice_60m_candidate", perplexity=23.0, summary={"tokens_per_second": 1000.0})
+    write_cell(tmp_path, "table2/adam_60m", perplexity=33.0)
+    add_basis(write_cell(tmp_path, "table5/tracking"), {"w": {200: [0.9, 0.8, 0.7, 0.6], 400: [0.5, 0.4, 0.3, 0.2]}})
+    for name in ("figure3", "speedups"):
+        assert make(name, tmp_path).get_suptitle().endswith("and ours (white)")
+    figure = make("figure6", tmp_path)
+    assert "ours (markers)" in figure.get_suptitle()
+    ours = [line for line in figure.axes[3].lines if str(line.get_label()).startswith("ours")]
+    assert [list(line.get_ydata()) for line in ours] == [[0.6, 0.2]]
+
+
+def test_figure_4_labels_its_units_and_memory_perplexity_shows_every_printed_number(tmp_path: Path) -> None:
+    from reporting.paper.figures import make
+
+    words = [text.get_text() for text in make("figure4", tmp_path, memory={}).legends[0].get_texts()]
+    assert [text.rpartition(", ")[2].split()[0] for text in words] == ["GB", "GB", "GiB"]
+    assert "none for Adam" in words[1]
+    axes = make("memory_perplexity", tmp_path).axes[0]
+    table = PAPER.tables["table3"]
+    columns = [table["columns"].index(column) for column in ("60M", "60M*")]
+    printed = sum(row[column] is not None for row in table["rows"].values() for column in columns)
+    assert len(axes.lines) == printed > 10
+
+
+def test_another_papers_numbers_stand_in_their_columns() -> None:
+    rows = tables.peers(PAPER).body.splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["Muon", "Adam", "GaLore", "Fira"]
+    assert all(row.count(" / ") == 4 for row in rows)
+    cited = PAPER.tables["iclr2026"]["muon"]["ppl"]
+    without = replace(PAPER, tables={**PAPER.tables, "iclr2026": {"muon": {"ppl": {**cited, "130M": None}}}})
+    [muon] = [row for row in tables.peers(without).body.splitlines() if row.startswith("| Muon")]
+    assert [cell.strip().startswith("–") for cell in muon.strip("|").split("|")[1:]] == [False, True, False, False]
 
 
 def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:

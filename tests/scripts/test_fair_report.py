@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from scripts import fair_report as command
+from sweeps import load_plan
 from tests.reporting.fair_plans import perplexity, write_plans
 from tests.reporting.fair_records import write_fair
 
@@ -55,6 +56,8 @@ def test_the_check_passes_writes_nothing_and_fails_naming_what_disagrees(root, c
     page = root / "fair/README.md"
     before = page.read_bytes()
     assert command.main(arguments(root, "--check")) == 0
+    said = capsys.readouterr()
+    assert "README.md and 4 pictures: the page agrees with the records." in said.out and not said.err
     file = root / "runs/fair_repeat/llama_tiny/alice-s42/summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"perplexity": 51.0}))
     assert command.main(arguments(root, "--check")) == 1
@@ -74,6 +77,13 @@ def test_a_picture_that_is_missing_fails_the_check(root, capsys):
     assert "sensitivity.svg is missing" in capsys.readouterr().err
 
 
+def test_a_folder_of_records_that_is_not_there_is_refused(root, capsys):
+    (root / "runs").rename(root / "elsewhere")
+    assert command.main(arguments(root, "--check")) == 2
+    error = capsys.readouterr().err
+    assert "runs is not a folder" in error and error.count("\n") == 1
+
+
 def test_records_of_other_settings_are_an_error(root, capsys):
     file = root / "runs/fair_repeat/llama_tiny/alice-s42/config.yaml"
     config = yaml.safe_load(file.read_text())
@@ -88,6 +98,7 @@ def test_the_projects_plans_are_understood(tmp_path):
     """Whatever the plans ask for, the report has a place for it."""
     from reporting.fair.axes import LOOKS
     from reporting.fair.gains import CONTROLLED
+    from reporting.fair.page import NEAR
     from reporting.fair.records import PLAIN, STEPS
     from reporting.fair.tables import BATCHES, CHOICES, PARTS
 
@@ -103,3 +114,4 @@ def test_the_projects_plans_are_understood(tmp_path):
     assert {name.removesuffix("_lr3") for name in names["fair_batch"]} == batches
     assert found.published["adam"] == 0.001 and found.published["alice"] == 0.02
     assert not found.finished
+    assert all(load_plan(command.PLANS / f"{name}.yaml").near == NEAR for name in ("fair_rates", "fair_control"))

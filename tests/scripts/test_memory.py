@@ -37,6 +37,13 @@ def test_the_papers_convention_gives_all_cells(capsys, tmp_path) -> None:
     assert "48 of 48" in text and "*" not in text.partition("\n")[2]
     rows = {(row["optimizer"], row["model"], row["last_layer"]): row["gib"] for row in json.loads(file.read_text())}
     assert len(rows) == len(script.OPTIMIZERS) * len(script.MODELS) * 2
+    assert "candidate, the method itself trains it" in text
+    for line in (
+        "Apollo (7B): 15.03  15.03      0",
+        "Apollo-mini (7B): 13.53  13.53      0",
+        "Muon (1.3B): 5.23   5.23",
+    ):
+        assert line in text
     assert rows["alice", "llama_1b", "candidate"] == 4.42
     assert rows["apollo", "llama_7b", "adam"] == 15.03
 
@@ -66,6 +73,10 @@ def test_every_optimizer_can_be_asked_for(tmp_path) -> None:
         (["--gpu", "0"], "--gpu 24GB"),
         (["--gpu", "24GB", "--optimizers", "soap"], "no optimizer of the planner"),
         (["--gpu", "24GB", "--json", "x.json"], "leave --gpu out"),
+        (["--gpu", "24GB", "--convention", "paper"], "leave --convention out"),
+        (["--gpu", "24GB", "--precision", "fp32"], "leave --precision out, or name one --model and one --optimizer"),
+        (["--gpu", "24GB", "--precision", "bf16", "--model", "llama_60m"], "leave --precision out"),
+        (["--precision", "fp32"], "--precision belongs to --gpu"),
     ],
 )
 def test_mistakes_end_in_one_sentence(capsys, words, message) -> None:
@@ -192,6 +203,12 @@ def test_the_table_has_a_row_for_each_model_and_precision(capsys) -> None:
     assert ["llama_1b", "bf16", "16", "16"] in rows and ["bf16_mixed", "-", "8"] in rows
     assert any("trainer.layerwise" in line and "not available yet" in line for line in lines)
     assert any("allowance, not measured" in line for line in lines)
+    assert rows.count(["model", "precision", "Adam", "RACS"]) == 2  # the layer-wise table has its own
+
+
+def test_a_precision_can_be_asked_for_of_one_cell(capsys) -> None:
+    assert script.main(["--gpu", "24GB", "--model", "llama_60m", "--optimizer", "adam", "--precision", "fp32"]) == 0
+    assert "llama_60m, Adam, fp32, micro-batch of 64 x 256" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("model", "name"), [("llama_1b", "alice"), ("llama_130m", "apollo"), ("llama_7b", "racs")])

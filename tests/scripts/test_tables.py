@@ -31,6 +31,7 @@ def test_a_record_changes_the_tables_and_check_notices(
 ) -> None:
     monkeypatch.setattr(script, "computed_memory", lambda paper, convention: {})
     monkeypatch.setattr(script, "draw_all", lambda out, runs, memory: pretend(out))
+    (tmp_path / "runs").mkdir()
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     assert script.main(where) == 0
     first = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.*")}
@@ -65,3 +66,11 @@ def test_a_malformed_record_is_one_sentence(
     assert script.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "config.yaml is not valid YAML" in said and said.count("\n") == 1
+
+
+def test_a_folder_of_records_that_is_not_there_is_refused(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--check", "--runs", str(tmp_path / "nowhere")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "nowhere is not a folder" in said.err and said.err.count("\n") == 1

@@ -137,6 +137,9 @@ class Sweep:
         """
         self.read()
         self.out.mkdir(parents=True, exist_ok=True)
+        for job in self.plan.jobs(self.results):
+            if job.name in self.results:
+                self._tidy(job)  # of runs that ended while nobody looked on
         display = Display(self)
         try:
             while True:
@@ -200,10 +203,7 @@ class Sweep:
             _merge(folder / "evaluations.json", self._owed(folder)[0], evaluated)
         if not self._ended(job):
             return "trained; its other evaluations follow"  # the job is missing still, and comes next
-        for path in folder.iterdir():  # only the record stays: it is committed
-            if path.name not in RECORD_FILES:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        log.unlink()
+        self._tidy(job)
         self.timed.append(time.monotonic() - entry.began)
         self._take(job)
         run = load_run(folder)
@@ -213,6 +213,13 @@ class Sweep:
             else f"diverged at step {run.diverged['step']}"
         )
         return f"{outcome} in {units.duration(self.timed[-1])}"
+
+    def _tidy(self, job: Job) -> None:
+        """Leave only the record of a run that has ended: it is committed."""
+        for path in (self.out / job.name).iterdir():
+            if path.name not in RECORD_FILES:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._log(job).unlink(missing_ok=True)
 
     def _crash(self, job: Job, code: int, text: str) -> str:
         self.crashes[job.name] += 1

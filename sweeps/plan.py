@@ -38,7 +38,7 @@ from typing import Any
 import yaml
 
 KEYS = {
-    "title", "experiment", "models", "seeds", "adam_lr", "lr", "extend", "near", "more_seeds", "settings", "settings_of",
+    "experiment", "models", "seeds", "adam_lr", "lr", "extend", "near", "more_seeds", "settings", "settings_of",
     "rates_from", "variants", "evaluate", "report", "seconds",
 }  # fmt: skip
 VARIANT_KEYS = {"optimizer", "rates", "lr_factor", "adam_lr", "settings"}

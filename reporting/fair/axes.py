@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import style, units
 from ..style import GREY, LOOKS, WIDE, even_ticks
@@ -65,6 +65,30 @@ def beyond(axes: Axes, points: dict[float, float], top: float, colour: str, holl
             markerfacecolor="white" if x in hollow else colour,
         )  # fmt: skip
     return bool(above)
+
+
+def rate_lines(
+    axes: Axes, lines: dict[str, dict[float, float]], slack: float, hollow: dict[str, list[float]] | None = None
+) -> bool:
+    """A line of rate -> perplexity for each method, and the axis for them; whether points lie above it.
+
+    Args:
+        slack: the axis reaches at least so many times the worst of the methods' best perplexities.
+        hollow: places of each method that are drawn hollow.
+    """
+    best = [min(points.values()) for points in lines.values()]
+    top = max(1.6 * min(best), slack * max(best))
+    above = False
+    for name, points in lines.items():
+        colour, dash, marker, _ = LOOKS[name]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
+        axes.plot(list(points), list(points.values()), linestyle=dash, linewidth=1.2, **look)
+        ends = hollow[name] if hollow else []
+        if hollow:
+            axes.plot(ends, [points[rate] for rate in ends], linestyle="", markerfacecolor="white", **look)
+        above |= beyond(axes, points, top, colour, ends)
+    perplexity_axis(axes, min(best) / 1.03, top)
+    return above
 
 
 def perplexity_axis(axes: Axes, low: float, high: float) -> None:

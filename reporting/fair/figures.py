@@ -18,7 +18,7 @@ import numpy as np
 from .. import style, units
 from ..curves import shared_curve
 from ..style import GREY, LOOKS, WIDE, even_ticks
-from .axes import beyond, empty, legend, panels, perplexity_axis, rate_axis, unfinished
+from .axes import empty, legend, panels, perplexity_axis, rate_axis, rate_lines, unfinished
 from .gains import CONTROLLED, Gains, at_end, best_at, gains, tried
 from .records import PLAIN, REFERENCE, Fair, Row, ablations, methods, wall_clock
 from .tables import CHOICES, PARTS
@@ -187,22 +187,9 @@ def _group_rate(fair: Fair) -> Figure:
             if not lines:
                 empty(axes)
                 continue
-            best = [min(points.values()) for points in lines.values()]
-            top = max(1.6 * min(best), 1.15 * max(best))
-            for name, points in lines.items():
-                colour, dash, marker, _ = LOOKS[name]
-                axes.plot(
-                    list(points), list(points.values()), color=colour, linestyle=dash, marker=marker, markersize=4.5,
-                    linewidth=1.2,
-                )  # fmt: skip
-                axes.plot(
-                    ends[name], [points[rate] for rate in ends[name]], color=colour, linestyle="", marker=marker,
-                    markersize=4.5, markerfacecolor="white",
-                )  # fmt: skip
-                hollow |= bool(ends[name])
-                above |= beyond(axes, points, top, colour, ends[name])
-                shown.append(name)
-            perplexity_axis(axes, min(best) / 1.03, top)
+            above |= rate_lines(axes, lines, 1.15, ends)
+            hollow |= any(ends.values())
+            shown += lines
             rate_axis(axes, sorted({rate for points in lines.values() for rate in points}))
             axes.set_xlabel("peak rate of the Adam group: embeddings, norms, lm_head")
         parts[0][1].set_ylabel("final perplexity, best matrix rate")
@@ -230,17 +217,8 @@ def _sensitivity(fair: Fair) -> Figure:
             if not lines:
                 empty(axes)
                 continue
-            best = [min(points.values()) for points in lines.values()]
-            top = max(1.6 * min(best), 1.25 * max(best))
-            for name, points in lines.items():
-                colour, dash, marker, _ = LOOKS[name]
-                axes.plot(
-                    list(points), list(points.values()), color=colour, linestyle=dash, marker=marker, markersize=4.5,
-                    linewidth=1.2,
-                )  # fmt: skip
-                above |= beyond(axes, points, top, colour)
-                shown.append(name)
-            perplexity_axis(axes, min(best) / 1.03, top)
+            above |= rate_lines(axes, lines, 1.25)
+            shown += lines
             ratios = [x for points in lines.values() for x in points]
             rate_axis(axes, [x for x in _RATIOS if min(ratios) / 1.2 <= x <= max(ratios) * 1.2])
             axes.set_xlabel("matrix rate / the method's best matrix rate")

@@ -154,7 +154,7 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory) -> str:
         "whose perplexity is too low by 1 to 14 %; nobody knows whether the authors used it. The paper's numbers, "
         "their sources and misprints are in [results/paper](paper/README.md); the tables are also single files in "
         f"[results/tables](tables), the figures in [results/{FIGURES}]({FIGURES}) as PNG and SVG.",
-        f"What the paper's comparison leaves open is answered, at a small scale, by [the fair comparison]({_REPORTS[0][0]}).",
+        f"What the paper's comparison leaves open is the subject, at a small scale, of [the fair comparison]({_REPORTS[0][0]}).",
         "\n".join(
             [
                 "Contents:",

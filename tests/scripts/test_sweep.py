@@ -116,6 +116,16 @@ def test_only_the_record_of_a_run_is_kept(sweep):
     assert not list(sweep.out.rglob("*.log"))
 
 
+def test_a_run_that_ended_while_nobody_looked_on_is_taken_and_tidied(sweep):
+    sweep("--only", "alice")
+    folder = sweep.out / "alice-lr0.01-adam0.005-s42"
+    (folder / "training.png").write_text("left by a sweep that was killed")
+    folder.with_name(f"{folder.name}.log").write_text("so was this")
+    assert sweep("--only", "alice", "--dry-run")[2] == [] and (folder / "training.png").is_file()
+    assert sweep("--only", "alice")[2] == []
+    assert not (folder / "training.png").exists() and not list(sweep.out.rglob("*.log"))
+
+
 def test_recorded_and_diverged_runs_are_not_run_again_and_unfinished_ones_are(sweep):
     sweep()
     _, printed, calls = sweep()

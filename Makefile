@@ -20,13 +20,14 @@ SETUP := @scripts/setup.sh requirements.txt
 SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt requirements-oracles.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test compare survey tables fisher lint wheel sample clean
+.PHONY: help setup train test compare survey bench tables fisher lint wheel sample clean
 
 help:
 	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 3 minutes on 2 CPU cores'
 	@echo 'make test      prove the parts                                           about 9 minutes on 2 CPU cores'
 	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 2 hours on 2 CPU cores'
 	@echo 'make survey    every method at four pairs of rates, 100 steps each       about 2 hours on 2 CPU cores'
+	@echo 'make bench     speed of ours beside other packages: steps, training      not timed yet'
 	@echo 'make tables    every table and figure of the paper again, from records   1 minute'
 	@echo 'make fisher    how well each structure fits real gradients               about 7 minutes on 2 CPU cores'
 	@echo 'make setup     only the installation that the others begin with          2 to 10 minutes, once'
@@ -60,6 +61,11 @@ compare:
 survey:
 	$(SETUP)
 	@$(RUN) scripts/sweep.py all $(ARGS)
+
+bench:
+	$(SETUP_DEV)
+	@$(RUN) scripts/benchmark.py all $(ARGS)
+	@$(RUN) scripts/tables.py
 
 tables:
 	$(SETUP)

@@ -42,7 +42,8 @@ class TrainingBatches:
     goes straight there.
 
     `prefetch` steps are kept ready by a background thread (0: none, unless there are workers). With `workers` >= 1
-    they are made by a process of its own with that many tokenising threads. Neither changes a row. Errors of the
+    they are made by a process of its own with that many tokenising threads. Neither changes a row. With `pin_memory`
+    they lie in page-locked memory, from which a GPU can fetch them while the host goes on (needs CUDA). Errors of the
     thread or the process are raised by the next step. Use it as a context manager or call `close()`. Raises
     `UserError`.
     """
@@ -62,6 +63,7 @@ class TrainingBatches:
         prefetch: int = 2,
         workers: int = 0,
         attention: str = "row",
+        pin_memory: bool = False,
     ) -> None:
         check_rows(rows, length, attention)
         if not 0 <= rank < world_size:
@@ -79,6 +81,7 @@ class TrainingBatches:
         self.plan = Plan(source, tokenizer, length, rows, attention, batch_size, seed, shuffle_buffer, share)
         self.prefetch = prefetch
         self.workers = workers
+        self.pin_memory = pin_memory
         self.step = start_step
         self.epoch = 0
         self.waited = 0.0
@@ -123,13 +126,13 @@ class TrainingBatches:
     def _start(self) -> Iterator[tuple[Step, Batch]]:
         plan = self.plan
         if not self.workers and not self.prefetch:
-            made = _with_batches(plan, steps(plan, self._position, self.step))
+            made = _with_batches(plan, steps(plan, self._position, self.step), self.pin_memory)
             self._stop = weakref.finalize(self, made.close)
             return made
         producer = Producer(plan, self._position, self.step, self.workers) if self.workers else None
         items = producer.steps() if producer else steps(plan, self._position, self.step)
         ahead = Ahead(
-            _with_batches(plan, items),
+            _with_batches(plan, items, self.pin_memory),
             max(1, self.prefetch),
             "data-prefetch",
             PATIENCE,
@@ -259,9 +262,10 @@ def _damaged_state(what: str) -> UserError:
     )
 
 
-def _with_batches(plan: Plan, made: Iterator[Step]) -> Generator[tuple[Step, Batch], None, None]:
+def _with_batches(plan: Plan, made: Iterator[Step], pin: bool) -> Generator[tuple[Step, Batch], None, None]:
     for step in made:
-        yield step, batch(plan, step)
+        tensors = batch(plan, step)
+        yield step, {name: x.pin_memory() for name, x in tensors.items()} if pin else tensors
 
 
 def _tell(label: str, seconds: float) -> None:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .alice import PARTS_OFF, Alice
 from .base import Context, MatrixOptimizer, check, last_update_time
-from .limiter import limit_growth
-from .low_rank import draw_gaussian
+from .factored import Factored
+from .limiter import growth_limit
+from .linalg import largest_entry
+from .low_rank import column_energy, draw_gaussian
 
 
 class Apollo(Alice):
@@ -41,6 +43,7 @@ class Apollo(Alice):
         store_projection: keep a Gaussian U in the state, mr numbers more: drawing it on the CPU at every step takes time
             that a GPU waits for.
         state_dtype: of m, v and a stored U; None for the parameter's, "8bit" for codes of m and v.
+        products: see :class:`Alice`.
         seed: of the random projections.
 
     Raises:
@@ -68,6 +71,7 @@ class Apollo(Alice):
         square: str = "columns",
         store_projection: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        products: str = "float32",
         seed: int = 0,
     ) -> None:
         MatrixOptimizer.__init__(
@@ -90,6 +94,7 @@ class Apollo(Alice):
                 "square": square,
                 "store_projection": store_projection,
                 "state_dtype": state_dtype,
+                "products": products,
                 "seed": seed,
             },
         )
@@ -123,14 +128,24 @@ class Apollo(Alice):
         return (X / group["rank"] ** 0.5).to(G)
 
     def compose(
-        self, G: Tensor, U: Tensor, sigma: Tensor, omega: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> Tensor:
-        """eta G Diag(s)."""
-        dims = (-2,) if group["scaling"] == "columns" else (-2, -1)
-        in_space, projected, whole = (torch.linalg.vector_norm(X, dim=dims, keepdim=True) for X in (omega, sigma, G))
+        self,
+        G: Tensor,
+        U: Tensor,
+        sigma: Tensor,
+        omega: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        ctx: Context,
+    ) -> Factored:
+        """eta G Diag(s), with norms of G / c, whose squares float32 can hold."""
+        c = (largest_entry(G) if ctx.largest is None else ctx.largest).clamp_min(torch.finfo(sigma.dtype).tiny)
+        whole, in_space, projected = column_energy(G * (1 / c)), column_energy(omega), column_energy(sigma * (1 / c))
+        if group["scaling"] == "tensor":
+            whole, in_space, projected = (x.sum(-1, keepdim=True) for x in (whole, in_space, projected))
         # A column that U misses altogether would be divided by rounding errors.
-        projected = projected.maximum(1e-8 * whole).clamp_min(torch.finfo(G.dtype).tiny)
-        update = G / projected * in_space
+        s = in_space.sqrt() / projected.sqrt().maximum(1e-8 * whole.sqrt()).clamp_min(1e-12)
+        columns = (s.unsqueeze(-2) / c).clamp(max=torch.finfo(sigma.dtype).max)
         if group["limiter"] is not None:
-            update, state["phi"] = limit_growth(update, state["phi"], group["limiter"])
-        return update
+            eta, state["phi"] = growth_limit((whole * s.square()).sum(-1).sqrt(), state["phi"], group["limiter"])
+            columns = columns * eta
+        return Factored(G=G, columns=columns)

@@ -8,14 +8,17 @@ random numbers live here, once.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
+from .factored import Factored
+from .linalg import bounded
 from .quantization import dequantize, new_codes, quantize
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
@@ -30,7 +33,7 @@ BATCHED_DEVICES = {"cuda", "xpu"}
 CHUNK_ENTRIES = 2**26
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What few methods need beside the gradient.
 
@@ -41,6 +44,8 @@ class Context:
         W: [B, m, n], the weights, for classes with ``uses_weights``.
         estimate: [B, m, n], what ``update_estimate`` was given for these matrices, if anything (Sophia).
         seed: the group's.
+        largest: [B, 1, 1], the largest absolute entry of each matrix of the gradient, where it was needed already.
+        stored: dtype that the states of the matrix are kept in; None for the one they are computed in.
     """
 
     step: int
@@ -49,6 +54,8 @@ class Context:
     seed: int = 0
     W: Tensor | None = None
     estimate: Tensor | None = None
+    largest: Tensor | None = None
+    stored: torch.dtype | None = None
 
     @cached_property
     def generators(self) -> list[torch.Generator]:
@@ -87,6 +94,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Subclasses say:
         orient: False if the method treats rows and columns of a tall matrix as they are stored.
+        bounds: False if ``direction`` gets the gradient as it is, however large; see ``linalg.bounded``.
         uses_weights: True if ``ctx.W`` is wanted.
         applies_scale: True if ``direction`` returns what is already multiplied by ``group["scale"]`` where it should be.
         moments: name -> signed, of the states that ``state_dtype="8bit"`` keeps as block-wise 8-bit codes.
@@ -95,13 +103,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """
 
     orient = True
+    bounds = True
     uses_weights = False
     applies_scale = False
     moments: ClassVar[dict[str, bool]] = {}
     full_precision: frozenset[str] = frozenset()
+    # of the class, as torch's optimizers copy and pickle nothing but groups and states
+    _estimates: Mapping[Tensor, Tensor] = MappingProxyType({})
+    _compiled: Callable[..., None] | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._estimates: Mapping[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     # What an algorithm provides -----------------------------------------------------------------------------------
@@ -113,16 +124,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
         """What happens at update times only, before ``direction``. Changes ``state``."""
 
-    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor | Factored:
         """The update direction [B, m, n], before learning rate, scale and weight decay. Changes ``state``.
 
+        It may be returned in factors. A tensor must be new, or one that ``state`` has not: the step overwrites it.
+
         Args:
-            G: [B, m, n], m <= n if ``orient``, in float32 (float64 for float64 parameters). Not to be changed.
+            G: [B, m, n], m <= n if ``orient``, in float32 (float64 for float64 parameters), its entries bounded.
+                Not to be changed.
             state: name -> [B, ...] in the same dtype; entries may be changed in place or replaced.
             group: the parameter group.
             ctx: see :class:`Context`.
         """
         raise NotImplementedError
+
+    def factor(self, shape: torch.Size, group: dict[str, Any], ctx: Context) -> float | Tensor:
+        """What the direction is multiplied by: the rate, the scale if ``direction`` does not know it, and the like.
+
+        Args:
+            shape: of the matrix as it is stored.
+        """
+        return group["lr"] * (1.0 if self.applies_scale else group.get("scale", 1.0))
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a hyper-parameter that is out of range."""
@@ -142,6 +164,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def check_matrix(self, name: str, shape: tuple[int, int], group: dict[str, Any]) -> None:
         """Raise ValueError for a matrix that the method cannot serve."""
+
+    def compile(self, **options: Any) -> None:
+        """Let torch.compile fuse direction and update of the weights, for every shape apart; refreshes stay as they are.
+
+        It pays where a method makes many passes over the gradient (docs/performance.md says for which). Rates enter as
+        tensors, so schedules do not compile again; other hyper-parameters are constants of the compiled code.
+
+        Args:
+            options: of torch.compile.
+        """
+        # one for each shape of matrix and each way to store it; torch's limit of 8 would fall back to eager silently
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self._compiled = torch.compile(self._direct_and_subtract, **{"dynamic": False, "fullgraph": True, **options})
 
     # Groups ---------------------------------------------------------------------------------------------------------
 
@@ -277,42 +312,56 @@ class MatrixOptimizer(torch.optim.Optimizer):
             transposed = self._is_turned(params[0], group)
             for i in range(0, len(params), per_chunk):
                 chunk = slice(i, i + per_chunk)
-                yield params[chunk], Context(step, tuple(names[chunk]), transposed, group.get("seed", 0))
+                stored = stored_dtype(params[0], group)
+                yield params[chunk], Context(step, tuple(names[chunk]), transposed, group.get("seed", 0), stored=stored)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any], ctx: Context) -> None:
         compute = compute_dtype(params[0])
         turn = (lambda X: X.mT) if ctx.transposed else (lambda X: X)
 
-        G = stack([turn(p.grad) for p in params], compute)
+        low = group.get("products") == "bfloat16" and params[0].dtype == torch.bfloat16  # then G is not widened
+        G = stack([turn(p.grad) for p in params], torch.bfloat16 if low else compute)
+        if self.bounds:
+            G, ctx.largest = bounded(G)
         if self.uses_weights:
-            ctx = replace(ctx, W=stack([turn(p) for p in params], compute))
+            ctx.W = stack([turn(p) for p in params], compute)
         if self._estimates:
-            ctx = replace(ctx, estimate=stack([turn(self._estimates[p]) for p in params], compute))
+            ctx.estimate = stack([turn(self._estimates[p]) for p in params], compute)
 
         if "update_interval" in group and is_update_time(ctx.step, group["update_interval"], group["update_times"]):
             state = self._gather(params, compute)
-            self.refresh(G, state, group, ctx)
+            self.refresh(G.to(compute), state, group, ctx)
             self._scatter(params, state)  # a basis kept in bfloat16 is rounded before its first use, as after a resume
 
         state = self._gather(params, compute)
-        D = self.direction(G, state, group, ctx)
+        factor = self.factor(params[0].shape, group, ctx)
+        decay = group["lr"] * group["weight_decay"] if group["weight_decay"] else None
+        if self._compiled:
+            factor = torch.as_tensor(factor, dtype=compute, device=G.device)
+            decay = None if decay is None else torch.as_tensor(decay, dtype=compute, device=G.device)
+            group = {name: value for name, value in group.items() if name not in ("params", "param_names", "lr")}
+        advance = self._compiled or self._direct_and_subtract
+        advance([turn(p.detach()) for p in params], G, state, group, ctx, factor, decay)
         self._scatter(params, state)
 
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        scale = 1.0 if self.applies_scale else group.get("scale", 1.0)
-        for p, d in zip(params, turn(D).unbind(0), strict=True):
-            update = d * (lr * scale)
-            if weight_decay:
-                update += (lr * weight_decay) * p.to(compute)
-            p.sub_(update)  # computed in float32 and rounded at the end, also for bfloat16 parameters
+    def _direct_and_subtract(
+        self,
+        params: list[Tensor],
+        G: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        ctx: Context,
+        factor: float | Tensor,
+        decay: float | Tensor | None,
+    ) -> None:
+        subtract(params, self.direction(G, state, group, ctx), factor, decay)
 
     def _init(self, p: Tensor, group: dict[str, Any]) -> None:
         self.state[p].update(self.new_state(p, group))
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of one parameter at step 0, on its device. On the meta device: shapes and dtypes, no memory."""
-        eight_bit = group.get("state_dtype") == "8bit"
-        low = getattr(torch, group["state_dtype"]) if group.get("state_dtype") and not eight_bit else p.dtype
+        low = stored_dtype(p, group)
         if group["adam"]:
             state: dict[str, Any] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -325,7 +374,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 name: value.to(compute_dtype(p) if name in self.full_precision else low)
                 for name, value in self.init_state(self._oriented(p, group), group).items()
             }
-            if eight_bit:
+            if self._is_turned(p, group):
+                state = {name: laid_like(value, p.mT) for name, value in state.items()}
+            if group.get("state_dtype") == "8bit":
                 for name in self.moments.keys() & state.keys():
                     state[name], state[f"{name}_absmax"] = new_codes(state[name].shape, self.moments[name])
         return {"step": 0, **state}
@@ -344,13 +395,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _scatter(self, params: list[Tensor], state: dict[str, Tensor]) -> None:
         for name, batch in state.items():
             for p, value in zip(params, batch.unbind(0), strict=True):
-                stored = self.state[p][name]
-                if f"{name}_absmax" in self.state[p]:
+                states = self.state[p]
+                if f"{name}_absmax" in states:
                     codes, absmax = quantize(value, self.moments[name])
-                    stored.copy_(codes)
-                    self.state[p][f"{name}_absmax"].copy_(absmax)
-                elif stored.data_ptr() != value.data_ptr():  # a lone matrix is gathered as a view
-                    stored.copy_(value)
+                    states[name].copy_(codes)
+                    states[f"{name}_absmax"].copy_(absmax)
+                elif states[name].data_ptr() != value.data_ptr():  # a lone matrix is gathered as a view
+                    states[name].copy_(value)
 
     def _adam_step(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -398,6 +449,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for p in group["params"]:
                     if "step" in self.state[p]:  # the fused kernels want it beside the parameter
                         self.state[p]["step"] = self.state[p]["step"].to(p.device)
+                continue
+            for p in group["params"]:
+                if self._is_turned(p, group):
+                    states = self.state[p]
+                    states.update({name: laid_like(x, p.mT) for name, x in states.items() if isinstance(x, Tensor)})
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -413,6 +469,41 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
             if isinstance(value, Tensor):
                 device = p.device if optimizer.state[p][name].device == p.device else value.device
                 optimizer.state[p][name] = value.detach().to(device, copy=True)
+
+
+def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor, decay: float | Tensor | None) -> None:
+    """p <- (1 - decay) p - factor D for each of the ``params`` [m, n], in place.
+
+    Computed in float32 and rounded once, at the end, also for bfloat16 parameters: two roundings would lose more of a
+    small update than a second pass costs.
+    """
+    first, compute = params[0], compute_dtype(params[0])
+    if isinstance(D, Factored):
+        D = D.times(factor)
+        if len(params) == 1 and {first.dtype, compute} == D.dtypes:
+            if decay is not None:
+                first.mul_(1 - decay)
+            D.subtract_from(first.unsqueeze(0))
+            return
+        D, factor = D.dense(turned=first.stride(-2) == 1), 1.0
+    if isinstance(factor, Tensor):
+        D, factor = D.to(compute) * factor, 1.0
+    for p, d in zip(params, D.unbind(0), strict=True):
+        # not p.sub_ with a float32 d: in place, mixed dtypes take ten times as long where p is turned
+        wide = p if p.dtype in (compute, d.dtype) else p.to(compute)
+        if decay is not None:
+            wide = wide.to(compute) * (1 - decay) if wide is p and p.dtype != compute else wide.mul_(1 - decay)
+        wide.sub_(d, alpha=factor)
+        if wide is not p:
+            p.copy_(wide)
+
+
+def laid_like(x: Tensor, turned: Tensor) -> Tensor:
+    """``x`` in the memory layout of ``turned``, a transposed view, if their shapes agree.
+
+    A pass over two matrices takes ten times as long if one is stored by rows and the other by columns.
+    """
+    return x.mT.contiguous().mT if x.shape == turned.shape else x
 
 
 def bias_correction(t: int, beta1: float, beta2: float) -> float:
@@ -432,6 +523,12 @@ def last_update_time(t: int, interval: int, rule: str) -> int:
 
 def compute_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def stored_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """Of the states of ``p`` that are not of full precision; with 8-bit codes, of those that are not coded."""
+    named = group.get("state_dtype")
+    return getattr(torch, named) if named and named != "8bit" else p.dtype
 
 
 def stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, bias_correction, check
-from .linalg import align_signs, bounded, or_previous, top_eigenvectors
+from .linalg import align_signs, or_previous, top_eigenvectors
 
 
 class EigenAdam(MatrixOptimizer):
@@ -80,7 +80,6 @@ class EigenAdam(MatrixOptimizer):
 
     def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
         """U = EVD(Q), with the Q that ``direction`` will store for this step."""
-        G = bounded(G)
         Q = state["Q"].lerp(G @ G.mT, 1 - group["betas"][2])
         U = or_previous(lambda: top_eigenvectors(Q, Q.shape[-1]), state["U"], ctx)
         state["U"] = align_signs(U, state["U"]) if group["fix_signs"] and ctx.step > 1 else U
@@ -88,7 +87,7 @@ class EigenAdam(MatrixOptimizer):
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Algorithm 7 but for the basis."""
         beta1, beta2, beta3 = group["betas"]
-        G, U = bounded(G), state["U"]
+        U = state["U"]
         state["Q"].lerp_(G @ G.mT, 1 - beta3)
         m = state["m"].mul_(beta1).add_(G, alpha=1 - beta1)
         sigma = U.mT @ G

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .alice import PARTS_OFF, Alice
-from .base import MatrixOptimizer, check
-from .limiter import limit_growth
-from .low_rank import fira_compensation
+from .alice import PARTS_OFF, Alice, rounding
+from .base import Context, MatrixOptimizer, check
+from .factored import Factored
+from .limiter import growth_limit
+from .low_rank import fira_scaling, residual_energy, with_residual
 
 
 class Fira(Alice):
@@ -36,6 +37,7 @@ class Fira(Alice):
         update_times: "zero_based", t = 1, K + 1, 2K + 1, ...; or "printed", t = 1, K, 2K, ...
         square: side of a square matrix that is projected, "columns" or "rows".
         state_dtype: of U, m and v; None for the parameter's, "8bit" for codes of m and v.
+        products: see :class:`Alice`.
 
     Raises:
         ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
@@ -61,6 +63,7 @@ class Fira(Alice):
         update_times: str = "zero_based",
         square: str = "columns",
         state_dtype: torch.dtype | str | None = None,
+        products: str = "float32",
     ) -> None:
         MatrixOptimizer.__init__(
             self,
@@ -80,6 +83,7 @@ class Fira(Alice):
                 "update_times": update_times,
                 "square": square,
                 "state_dtype": state_dtype,
+                "products": products,
                 "residual": residual,
             },
         )
@@ -89,11 +93,21 @@ class Fira(Alice):
         check(group, "residual", ("exact", "scaled"))
 
     def compose(
-        self, G: Tensor, U: Tensor, sigma: Tensor, omega: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> Tensor:
+        self,
+        G: Tensor,
+        U: Tensor,
+        sigma: Tensor,
+        omega: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        ctx: Context,
+    ) -> Factored:
         """alpha U omega + eta S."""
-        kept = group["scale"] if group["residual"] == "scaled" else 1.0
-        S, state["phi"] = limit_growth(
-            fira_compensation(G, U, sigma, omega, 1e-8, kept), state["phi"], group["limiter"]
+        alpha = group["scale"]
+        kept = alpha if group["residual"] == "scaled" else 1.0
+        s = fira_scaling(sigma, omega, 1e-8)
+        energy = residual_energy(G, U, sigma, rounding(U, ctx), kept)
+        eta, state["phi"] = growth_limit(
+            (energy * s.square().squeeze(-2)).sum(-1).sqrt(), state["phi"], group["limiter"]
         )
-        return group["scale"] * (U @ omega) + S
+        return with_residual(U, alpha * omega, G, sigma, s * eta, kept)

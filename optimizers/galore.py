@@ -31,7 +31,7 @@ class GaLore(Alice):
         square: side of a square matrix that is projected, "columns" or "rows".
         state_dtype: of U, m and v; None for the parameter's. "8bit" keeps m and v in block-wise 8-bit codes
             (8-bit GaLore) and U in the parameter's dtype.
-        log_basis: see :class:`Alice`.
+        products, log_basis: see :class:`Alice`.
 
     Raises:
         ValueError: an option out of its range, or a tensor that is not a matrix or too small for the rank.
@@ -54,6 +54,7 @@ class GaLore(Alice):
         update_times: str = "zero_based",
         square: str = "columns",
         state_dtype: torch.dtype | str | None = None,
+        products: str = "float32",
         log_basis: bool = False,
     ) -> None:
         self.basis_log = [] if log_basis else None
@@ -73,5 +74,6 @@ class GaLore(Alice):
                 "update_times": update_times,
                 "square": square,
                 "state_dtype": state_dtype,
+                "products": products,
             },
         )

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
 from .lars import match_weights
-from .linalg import bounded
 
 
 class LAMB(MatrixOptimizer):
@@ -70,7 +69,6 @@ class LAMB(MatrixOptimizer):
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Adam's direction, then LARS's normalisation."""
         beta1, beta2 = group["betas"]
-        G = bounded(G)
         m = state["m"].mul_(beta1).add_(G, alpha=1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
         if group["bias_correction"]:

@@ -32,6 +32,7 @@ class LARS(MatrixOptimizer):
 
     orient = False
     uses_weights = True
+    bounds = False  # no square of G is kept, and a limit would change the weights of an average
 
     def __init__(
         self,

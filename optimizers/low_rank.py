@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .limiter import limit_growth
+from .factored import Factored
+from .limiter import growth_limit
 from .linalg import complement_columns
 
 SWITCHING = ("none", "complement", "full_basis", "gaussian_mix", "gaussian")
@@ -65,53 +66,65 @@ def unit_gaussian(rows: int, count: int, generators: list[torch.Generator]) -> T
     return X / X.norm(dim=-2, keepdim=True)
 
 
+def column_energy(X: Tensor) -> Tensor:
+    """Squared norms of the columns of ``X`` [B, m, n], in float32 at least: [B, n]."""
+    return (X.float().square_() if X.dtype == torch.bfloat16 else X.square()).sum(-2)
+
+
+def residual_energy(
+    G: Tensor, U: Tensor, sigma: Tensor, rounding: float, kept: float = 1.0, orthonormal: bool = True
+) -> Tensor:
+    """||g_j - kept U sigma_j||^2 for each column: [B, n], without forming the difference.
+
+    It is ||g_j||^2 - (2 kept - kept^2) ||sigma_j||^2 if U is orthonormal. Where that is below ``rounding`` times
+    ||g_j||^2, nothing is known of it but that it is small: this least value stands for it, as one at or below 0 would be
+    divided by (a U kept in bfloat16 is orthonormal to three digits only).
+    """
+    whole, projected = column_energy(G), column_energy(sigma)
+    inside = projected if orthonormal else (sigma * (U.mT @ U @ sigma)).sum(-2)
+    return (whole - 2 * kept * projected + kept**2 * inside).maximum(rounding * whole)
+
+
+def with_residual(U: Tensor, inner: Tensor, G: Tensor, sigma: Tensor, columns: Tensor, kept: float = 1.0) -> Factored:
+    """U inner + (G - kept U sigma) Diag(columns), as U (inner - kept sigma Diag(columns)) + G Diag(columns).
+
+    Args:
+        columns: [B, 1, n].
+    """
+    return Factored(U=U, R=inner - kept * columns * sigma, G=G, columns=columns)
+
+
 def optimal_compensation(
-    G: Tensor,
-    U: Tensor,
-    sigma: Tensor,
+    energy: Tensor,
+    residual: Tensor,
+    dimension: int,
     p: Tensor,
     phi: Tensor,
     beta: float,
     gamma: float | None,
     eps: float,
-    orthonormal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 3: what the subspace leaves out, scaled column by column as Theorem 5.1 says is optimal.
 
-    The printed energy of column i, ||g_i||^2 - ||sigma_i||^2, is ||g_i - U sigma_i||^2 if U is orthonormal. The second
-    form is used there: a U kept in bfloat16 is orthonormal to three digits only, and a difference that comes out at or
-    below 0 would be divided by. Gaussian bases (``orthonormal`` False) take the printed form.
+    eta C = (G - U sigma) Diag(c), so ||C|| follows from the norms of the columns of the residual.
+
+    Args:
+        energy: [B, n], what p averages: ||g_i||^2 - ||sigma_i||^2 as printed.
+        residual: [B, n], ||g_i - U sigma_i||^2: the same if U is orthonormal.
+        dimension: m - r.
 
     Returns:
-        eta C [B, m, n], p and phi.
+        c [B, 1, n], p and phi.
     """
-    m, r = U.shape[-2:]
-    residual = G - U @ sigma
-    energy = residual.square().sum(-2) if orthonormal else G.square().sum(-2) - sigma.square().sum(-2)
     p = beta * p + (1 - beta) * energy
-    D = 1 / (p.clamp_min(0).sqrt() + eps)
-    C = math.sqrt(m - r) * residual * D.unsqueeze(-2)
-    C, phi = limit_growth(C, phi, gamma)
-    return C, p, phi
+    D = math.sqrt(dimension) / p.clamp_min(0).sqrt().add_(eps)
+    eta, phi = growth_limit((residual * D.square()).sum(-1).sqrt(), phi, gamma)
+    return D.unsqueeze(-2) * eta, p, phi
 
 
-def fira_compensation(
-    G: Tensor,
-    U: Tensor,
-    sigma: Tensor,
-    omega: Tensor,
-    eps: float,
-    kept: float = 1.0,
-) -> Tensor:
-    """Fira's residual (Chen et al. 2024), scaled by how much Adam scales the same column of the projection.
-
-    ``kept`` is the part of U sigma that is taken out of G: all of it, but alpha in the published code.
-
-    Returns:
-        S [B, m, n], before the limiter.
-    """
-    scaling = omega.norm(dim=-2) / (sigma.norm(dim=-2) + eps)
-    return (G - kept * (U @ sigma)) * scaling.unsqueeze(-2)
+def fira_scaling(sigma: Tensor, omega: Tensor, eps: float) -> Tensor:
+    """Fira's scale of a residual's columns (Chen et al. 2024), as Adam scales those of the projection: [B, 1, n]."""
+    return (column_energy(omega).sqrt() / column_energy(sigma).sqrt().add_(eps)).unsqueeze(-2)
 
 
 def basis_cosines(U_prev: Tensor, U: Tensor) -> Tensor:
@@ -122,9 +135,3 @@ def basis_cosines(U_prev: Tensor, U: Tensor) -> Tensor:
     """
     columns = [j - 1 for j in LOGGED if j <= U.shape[-1]]
     return cosine_similarity(U_prev[..., columns], U[..., columns], dim=-2).abs()
-
-
-def match_norm(S: Tensor, reference: Tensor) -> Tensor:
-    """Fira+ (F.7): ``S`` scaled to the Frobenius norm of ``reference``, matrix by matrix."""
-    norms = [X.flatten(1).norm(dim=1) for X in (reference, S)]
-    return S * (norms[0] / norms[1].clamp_min(torch.finfo(S.dtype).tiny))[:, None, None]

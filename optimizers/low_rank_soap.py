@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
 from .limiter import limit_growth
-from .linalg import align_signs, bounded, or_previous, subspace_iteration, thin_qr, top_eigenvectors
+from .linalg import align_signs, or_previous, subspace_iteration, thin_qr, top_eigenvectors
 from .low_rank import switch
 
 
@@ -136,7 +136,6 @@ class LowRankSOAP(MatrixOptimizer):
 
     def refresh(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> None:
         """New bases: Algorithm 2 on the rows, then on the columns, with draws from the same generators."""
-        G = bounded(G)
         for basis, tracked, X in (("U", "Q_L", G), ("V", "Q_R", G.mT)):
             U_prev, Q_prev = state[basis], state.get(tracked)
             U = or_previous(partial(new_basis, X, U_prev, Q_prev, group, ctx), U_prev, ctx)
@@ -152,7 +151,6 @@ class LowRankSOAP(MatrixOptimizer):
         beta1, beta2, beta3 = group["betas"]
         U, V = state["U"], state["V"]
 
-        G = bounded(G)
         UG, GV = U.mT @ G, G @ V
         sigma = U.mT @ GV
         if group["tracking"]:

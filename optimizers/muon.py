@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
-from .linalg import bounded, quintic
+from .linalg import bounded, each, quintic
 from .whitening import whiten
 
 
@@ -43,6 +43,8 @@ class Muon(MatrixOptimizer):
         ValueError: an option out of its range, or a tensor that is not a matrix.
         torch.linalg.LinAlgError: the gradient is not finite and ``orthogonalization`` is "evd".
     """
+
+    bounds = False  # no square of G is kept, and a limit would change the weights of an average
 
     def __init__(
         self,
@@ -92,12 +94,16 @@ class Muon(MatrixOptimizer):
         m = state["m"].lerp_(G, 1 - beta)
         M = G.lerp(m, beta) if group["nesterov"] else m
         if group["orthogonalization"] == "quintic":
-            M = bounded(M)  # the norm of larger ones is infinite
-            O = quintic(M.bfloat16() if group["ns_dtype"] == "bfloat16" else M, steps, group["eps"]).to(G)
-        else:
-            O = whiten(M, group["orthogonalization"], steps)
-        rows, columns = O.mT.shape[-2:] if ctx.transposed else O.shape[-2:]
-        return O * learning_rate_factor(rows, columns, group["adjust_lr_fn"])
+            M, _ = bounded(
+                M.bfloat16() if group["ns_dtype"] == "bfloat16" else M
+            )  # the norm of larger ones is infinite
+            return each(quintic, M, steps, group["eps"])
+        return whiten(M, group["orthogonalization"], steps)
+
+    def factor(self, shape: torch.Size, group: dict[str, Any], ctx: Context) -> float | Tensor:
+        """lambda c."""
+        rows, columns = shape
+        return super().factor(shape, group, ctx) * learning_rate_factor(rows, columns, group["adjust_lr_fn"])
 
 
 def learning_rate_factor(rows: int, columns: int, rule: str) -> float:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
-from .limiter import limit_growth
-from .linalg import bounded
+from .factored import Factored
+from .limiter import growth_limit
+from .linalg import each, largest_entry
 
 
 class RACS(MatrixOptimizer):
@@ -70,36 +71,36 @@ class RACS(MatrixOptimizer):
         m, n = shape
         return {"s": torch.zeros(n), "q": torch.zeros(m), "phi": torch.zeros(())}
 
-    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
+    def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Factored:
         """Lines 5 to 10 of Algorithm 1."""
         beta, eps = group["beta"], group["eps"]
-        G = bounded(G)
+        # s is of the second order in G, ||s||^2 of the fourth: unscaled, gradients below 1e-10 would leave float32.
+        c = (largest_entry(G) if ctx.largest is None else ctx.largest).clamp_min(torch.finfo(G.dtype).tiny)
+        P = (G * (1 / c)).square_()
 
-        s, q = fixed_point(G, group["iterations"], eps)  # line 5
-        s = state["s"].mul_(beta).add_(s, alpha=1 - beta)  # line 6
+        s, q = each(fixed_point, P, group["iterations"], eps)  # line 5, s for G / c
+        s = state["s"].mul_(beta).add_(s * c[..., 0].square(), alpha=1 - beta)  # line 6
         q = state["q"].mul_(beta).add_(q, alpha=1 - beta)  # line 7
-        G_tilde = G * q.clamp_min(eps).rsqrt().unsqueeze(-1) * s.clamp_min(eps).rsqrt().unsqueeze(-2)  # line 8
-        update, state["phi"] = limit_growth(G_tilde, state["phi"], group["limiter"])  # lines 9 and 10
-        return update
+        rows, columns = q.clamp_min(eps).rsqrt().unsqueeze(-1), s.clamp_min(eps).rsqrt().unsqueeze(-2)  # line 8
+        # ||Diag(q)^(-1/2) G Diag(s)^(-1/2)||^2 = (1/q)^T G^2 (1/s)
+        norm = (rows.square().mT @ (P @ (columns * c).square().mT)).sqrt().flatten()
+        eta, state["phi"] = growth_limit(norm, state["phi"], group["limiter"])  # lines 9 and 10
+        return Factored(G=G, rows=rows, columns=columns).times(eta)
 
 
-def fixed_point(G: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+def fixed_point(P: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     """Eq. 16 from q = 1: power iteration to the principal singular vectors of the squared gradient.
 
     Args:
-        G: [B, m, n].
+        P: [m, n], entries of the gradient squared, the largest about 1.
         iterations: how many pairs of updates, s first.
-        eps: the least value of a denominator, for gradients scaled to a largest entry of 1.
+        eps: the least value of a denominator.
 
     Returns:
-        s [B, n] and q [B, m]; q s^T is the least-squares fit of q to G^2 for that s. c G has c^2 s and q.
+        s [n] and q [m]; q s^T is the least-squares fit of q to P for that s.
     """
-    # ||s||^2 is of the fourth order in G: unscaled, gradients below 1e-10 would leave float32.
-    largest = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
-    P = (G / largest).square()
-    q = torch.ones_like(P[..., :1])
+    q = P.new_ones(len(P))
     for _ in range(iterations):
-        # products in row form: on the CPU, P.mT @ q reads P by columns and takes nine times as long
-        s = q.mT @ P / q.square().sum(-2, keepdim=True).clamp_min(eps)
-        q = P @ s.mT / s.square().sum(-1, keepdim=True).clamp_min(eps)
-    return (s * largest.square()).squeeze(-2), q.squeeze(-1)
+        s = q @ P / (q @ q).clamp_min(eps)
+        q = P @ s / (s @ s).clamp_min(eps)
+    return s, q

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check, is_update_time
-from .linalg import bounded, inverse_root, or_previous
+from .linalg import inverse_root, or_previous
 
 
 class Shampoo(MatrixOptimizer):
@@ -90,7 +90,6 @@ class Shampoo(MatrixOptimizer):
 
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Algorithm 5. The roots are computed here, not in ``refresh``, as they need this step's L and R."""
-        G = bounded(G)
         old, new = (1.0, 1.0) if group["beta"] is None else (group["beta"], 1 - group["beta"])
         L = state["L"].mul_(old).add_(G @ G.mT, alpha=new)
         R = state["R"].mul_(old).add_(G.mT @ G, alpha=new)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, bias_correction, check, is_update_time
-from .linalg import align_signs, bounded, or_previous, power_step, top_eigenvectors
+from .linalg import align_signs, or_previous, power_step, top_eigenvectors
 
 BASES = (("L", "U_L"), ("R", "U_R"))
 
@@ -98,14 +98,14 @@ class SOAP(MatrixOptimizer):
         """U_L = EVD(L) and U_R = EVD(R), with the L and R that ``direction`` will store for this step."""
         if group["form"] == "published" and ctx.step > 1:
             return  # its later refreshes come after the update
-        for (name, basis), gram in zip(BASES, gram_matrices(bounded(G)), strict=True):
+        for (name, basis), gram in zip(BASES, gram_matrices(G), strict=True):
             A = state[name].lerp(gram, 1 - group["betas"][2])
             U = or_previous(partial(top_eigenvectors, A, A.shape[-1]), state[basis], ctx)
             state[basis] = align_signs(U, state[basis]) if group["fix_signs"] and ctx.step > 1 else U
 
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Algorithm 6 but for the bases, or a step of the published form."""
-        G, published = bounded(G), group["form"] == "published"
+        published = group["form"] == "published"
         if published and ctx.step == 1:
             update = torch.zeros_like(G)
         else:

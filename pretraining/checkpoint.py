@@ -167,12 +167,12 @@ def step_of(path: Path) -> int:
 def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuse states that another method, or the same one with other options, has made.
 
-    Rates and weight decay may differ, and log_basis, which changes no state.
+    Rates and weight decay may differ, and what changes no state but by rounding: log_basis and products.
 
     Raises:
         UserError: naming the first option that does.
     """
-    for key in sorted((saved.keys() | own.keys()) - {"lr", "adam_lr", "weight_decay", "log_basis"}):
+    for key in sorted((saved.keys() | own.keys()) - {"lr", "adam_lr", "weight_decay", "log_basis", "products"}):
         if saved.get(key) != own.get(key):
             raise UserError(
                 f"{path} was made with optimizer.{key}={saved.get(key)}, not {own.get(key)}: set it so, or start anew"
@@ -295,7 +295,7 @@ def optimizer_state(
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
                 shared = value.untyped_storage().data_ptr() in stored  # safetensors keeps no two names of one tensor
-                tensors[f"optimizer/{name}/{key}"] = value.clone() if shared else value
+                tensors[f"optimizer/{name}/{key}"] = value.clone() if shared else value.contiguous()
                 stored.add(value.untyped_storage().data_ptr())
             elif value is None or isinstance(value, (bool, int, float, str)):
                 numbers.setdefault(name, {})[key] = value

@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import IGNORE
+from data import IGNORE as IGNORE
+
+from .loss import last_hidden, real_targets, target_count, token_losses
+from .loss import row_losses as row_losses  # of whole logits, for those who have them
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,6 @@ class Evaluation:
         return math.exp(min(self.loss, 700))
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood of each row's targets: [b] from logits [b, T, V] and labels [b, T].
-
-    The target of position t is the label of t + 1. Logits are widened to float32 first: in bfloat16 a loss of 3
-    has a resolution of 1/64.
-    """
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
-    return losses.sum(dim=1)
-
-
-def target_count(labels: Tensor) -> Tensor:
-    """Targets in each row: [b]."""
-    return (labels[:, 1:] != IGNORE).sum(dim=1)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -58,7 +44,8 @@ def evaluate(
     """The loss over all ``rows`` (ids, labels and perhaps position ids, [N, T] each), in evaluation mode.
 
     Every rank evaluates a contiguous part; sums are kept for each row in float64, so the result does not depend on
-    ``batch_size`` or on the number of ranks beyond the model's own rounding.
+    ``batch_size`` or on the number of ranks beyond the model's own rounding. Logits exist for some tokens at a time
+    only (see loss.py), whatever the batch.
 
     Args:
         interrupted: asked before every batch, equally often on all ranks: whether to give up (the result is None then).
@@ -78,9 +65,10 @@ def evaluate(
                     return None
                 batch = slice(i, min(i + batch_size, mine.stop))
                 if batch.start < batch.stop:
-                    more = {"position_ids": positions[0][batch].to(device)} if positions else {}
-                    logits = model(input_ids=input_ids[batch].to(device), **more).logits
-                    sums[batch] = row_losses(logits, labels[batch].to(device)).double()
+                    inputs = {"input_ids": input_ids[batch].to(device)}
+                    if positions:
+                        inputs["position_ids"] = positions[0][batch].to(device)
+                    sums[batch] = _row_sums(model, inputs, labels[batch]).double()
     finally:
         model.train(training)
     if accelerator and world > 1:
@@ -92,6 +80,13 @@ def evaluate(
         tokens=int(counts.sum()),
         perplexity_galore=galore_perplexity(losses, counts, galore_rows),
     )
+
+
+def _row_sums(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Summed loss of each row, [b]: added up over all positions in one order, wherever targets and chunks lie."""
+    places, targets = (x.to(inputs["input_ids"].device) for x in real_targets(labels))
+    losses = token_losses(*last_hidden(model, inputs, places), targets)
+    return losses.new_zeros(labels.numel()).index_copy_(0, places, losses).view(labels.shape).sum(dim=1)
 
 
 def galore_perplexity(losses: Tensor, counts: Tensor, rows: int = 256) -> float:

@@ -5,7 +5,8 @@
     largest_micro_batch(24 * 2**30, shape, "alice")           rows that fit, or 0
 
 Formulas and how well they fit what was measured: docs/memory.md. Everything is for one GPU and for the trainer as it is:
-`transformers`' LLaMA with scaled-dot-product attention, no recomputation, logits of all positions at once.
+`transformers`' LLaMA with scaled-dot-product attention, no recomputation, logits of all positions at once
+(trainer.loss=full: the default, chunked, needs less, so that more rows may fit than is said here).
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        kept = self.weights + self.states + self.gradients
-        if self.layerwise:  # updates happen while activations are still there
-            return kept + self.activations + max(self.loss, self.update)
-        return kept + max(self.activations + self.loss, self.update)
+        kept = self.weights + self.states
+        if self.layerwise:  # updates happen while activations are still there, the first when the logits are gone
+            return kept + self.activations + max(self.loss, self.gradients + self.update)
+        return kept + self.gradients + max(self.activations + self.loss, self.update)
 
 
 def footprint(
@@ -142,7 +143,7 @@ def loss_bytes(shape: Mapping[str, Any], rows: int, length: int, precision: str)
     h, vocabulary = shape["hidden_size"], shape["vocab_size"]
     b = 4 if precision == "fp32" else 2
     logits = b * rows * length * vocabulary
-    widened = 12 * rows * (length - 1) * vocabulary
+    widened = 12 * rows * length * vocabulary
     gradient = weight_dtype(precision).itemsize * h * vocabulary
     return max(logits + widened, 2 * logits + gradient)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import UserError
 
@@ -57,7 +57,7 @@ def llama_config(cfg: Mapping[str, Any]) -> LlamaConfig:
         mlp_bias=False,
         attention_dropout=0.0,
         use_cache=False,
-        attn_implementation=cfg.get("attn_implementation", "sdpa"),
+        attn_implementation=choose_attention(cfg.get("attn_implementation", "auto")),
         # None while the model is built: with a padding index, `transformers` zeroes that row of the embedding and
         # torch never gives it a gradient, but every matrix here is N(0, initializer_range^2) throughout.
         pad_token_id=None,
@@ -65,6 +65,17 @@ def llama_config(cfg: Mapping[str, Any]) -> LlamaConfig:
         eos_token_id=None,
     )
     return LlamaConfig(**options)
+
+
+def choose_attention(name: str, device: torch.device | None = None, length: int = 0) -> str:
+    """What "auto" means: on a CPU attention as matrix products for short rows, scaled-dot-product attention elsewhere.
+
+    On two cores the products take a fifth off the step of a small model with rows of 256 tokens (docs/performance.md);
+    their memory grows with the square of the length.
+    """
+    if name != "auto":
+        return name
+    return "eager" if device is not None and device.type == "cpu" and 0 < length <= 512 else "sdpa"
 
 
 def build_model(
@@ -97,6 +108,52 @@ def build_model(
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id, config.bos_token_id = pad_token_id, eos_token_id, bos_token_id
     return model
+
+
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """What the last layer multiplies, [b, T, h]: the steps of `transformers`' own forward pass, but for its mask.
+
+    It looks for the beginnings of documents in each forward pass, also where there are none, and reads what it finds: a
+    GPU's queue would run empty at every micro-batch. Here documents are asked for by ``position_ids``, [b, T], which
+    start again at each. For training and evaluation, where nothing is cached or padded on the left.
+    """
+    net = model.model
+    x = net.embed_tokens(input_ids)
+    if position_ids is None:
+        positions = torch.arange(input_ids.shape[1], device=x.device).unsqueeze(0)
+    else:
+        positions = position_ids
+    eager = model.config._attn_implementation == "eager"
+    mask = attention_mask(positions, x.dtype if eager else None) if eager or position_ids is not None else None
+    rotary = net.rotary_emb(x, position_ids=positions)
+    for layer in net.layers:
+        x = layer(x, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+    return net.norm(x)
+
+
+def attention_mask(position_ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Which earlier positions of the same document each position sees: [b, 1, T, T].
+
+    True where it does, for scaled-dot-product attention; with a ``dtype`` 0 there and its lowest number elsewhere, to be
+    added to the scores.
+    """
+    T = position_ids.shape[1]
+    document = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+    sees = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
+    sees = (sees & (document.unsqueeze(2) == document.unsqueeze(1))).unsqueeze(1)
+    if dtype is None:
+        return sees
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Let `torch.compile` make each decoder layer anew for the shapes that it meets, in place: names stay as they are.
+
+    Layers are alike, so the first one's code serves all, and the time it takes does not grow with depth. Code is for one
+    shape: a smaller last micro-batch has its own, made once. `torch.compiler.set_stance("force_eager")` leaves it out.
+    """
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.compile(dynamic=False)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -11,10 +11,12 @@ from data.errors import UserError
 from optimizers import create, describe
 from optimizers.memory import state_bytes
 
+from .layerwise import check_layerwise
+from .loss import check_loss
 from .model import build_model, parameter_count
 
-# Rows of one forward pass when trainer.micro_batch_size is auto: logits of 2^14 tokens with 32,000 pieces take 2 GB
-# in float32; on the CPU, more than the caches hold is slower, not faster.
+# Rows of one forward pass when trainer.micro_batch_size is auto. With trainer.loss=full the logits of 2^14 tokens with
+# 32,000 pieces take 2 GB in float32; on the CPU, more than the caches hold is slower, not faster.
 AUTO_TOKENS = {"cuda": 2**14, "cpu": 2**12}
 
 
@@ -44,6 +46,9 @@ class Plan:
 def make_plan(cfg: DictConfig) -> Plan:
     """Build the run on the meta device and describe it. Needs neither network nor data nor memory."""
     device = choose_device(cfg.trainer.device)
+    check_loss(cfg.trainer.loss, device)
+    if cfg.trainer.layerwise:
+        check_layerwise(cfg, micro_batch_rows(cfg, cfg.trainer.batch_size, device))
     precision = choose_precision(cfg.trainer.precision, device)
     dtype = weight_dtype(precision)
     model = build_model(cfg.model, device="meta", dtype=dtype)
@@ -51,6 +56,7 @@ def make_plan(cfg: DictConfig) -> Plan:
 
     parameters = parameter_count(model)
     weights = parameters * dtype.itemsize
+    gradients = max(p.nbytes for p in model.parameters()) if cfg.trainer.layerwise else weights
     sizes = _state_sizes(optimizer)
     warnings = tuple(_warnings(cfg, precision, optimizer))
     t, rows, length = cfg.trainer, cfg.trainer.batch_size, cfg.data.length
@@ -66,7 +72,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         "schedule": f"warm-up {warmup:,} steps from 0, cosine to {t.min_lr_ratio:g} of the rate",
         "data": f"{_data(cfg)}, tokenizer {cfg.tokenizer}, seed {cfg.seed}",
         "precision": f"{precision} on {device.type}" + (" (chosen by auto)" if t.precision == "auto" else ""),
-        "memory": f"weights {_bytes(weights)}, gradients {_bytes(weights)}, optimizer states {_states(optimizer, sizes)}, "
+        "memory": f"weights {_bytes(weights)}, gradients {_bytes(gradients)}, optimizer states {_states(optimizer, sizes)}, "
         "without activations",
         "run_dir": str(cfg.run_dir),
     }

@@ -18,7 +18,7 @@ from data.errors import UserError
 from . import checkpoint
 from .config import RULES
 from .evaluation import Evaluation, evaluate
-from .model import build_model
+from .model import build_model, choose_attention
 from .plan import choose_device, choose_precision, weight_dtype
 from .record import read_config, read_json
 
@@ -84,7 +84,8 @@ def _open(cfg: DictConfig, path: Path, run_dir: Path, run: DictConfig) -> Saved:
                 f"{run_dir} has no final model: pass one of its checkpoints ({run_dir / 'checkpoints'}/step-...), "
                 "or finish the run"
             )
-        model = open_model(folder, weight_dtype(precision))
+        attention = choose_attention(run.model.get("attn_implementation", "auto"))  # as in the run, to the last digit
+        model = open_model(folder, weight_dtype(precision), attention)
         model.to(device)  # type: ignore[arg-type]
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -94,7 +95,7 @@ def _open(cfg: DictConfig, path: Path, run_dir: Path, run: DictConfig) -> Saved:
     return Saved(run, model.eval(), tokenizer, precision)
 
 
-def open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def open_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """An exported model. Where it has checksums, its files are held against them.
 
     Raises:
@@ -111,7 +112,12 @@ def open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         if config.get("model_type") != "llama":
             raise ValueError(f"model_type is {config.get('model_type')!r}, not llama")
         loaded: Any = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
         model, found = loaded
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]

@@ -1,8 +1,12 @@
 """Time, memory and arithmetic: what a step costs on this machine."""
 
+import ctypes
+import gc
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -137,3 +141,34 @@ class StepTimer:
             return 1000 * (self._end - self._begin)
         self._end.synchronize()
         return self._begin.elapsed_time(self._end)
+
+
+@contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Leave all objects that exist now out of Python's garbage collections.
+
+    Libraries make some 400,000, so that a collection of all of them takes a third of a second, at any step. What is made
+    inside is collected as always.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed blocks of any size for this process, which asks for the same ones at every step.
+
+    Otherwise glibc gives large ones back to the system, and faults their pages in again, zeroed: a sixth of a small
+    model's step on a CPU (docs/performance.md). The process so stays as large as it ever was. Nothing happens, and
+    False is returned, with other C libraries.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - others may have the function with other numbers
+        trim_threshold, top_pad, mmap_max = -1, -2, -4
+        return all(libc.mallopt(*o) == 1 for o in ((trim_threshold, -1), (top_pad, 2**28), (mmap_max, 0)))
+    except (OSError, AttributeError, TypeError):
+        return False

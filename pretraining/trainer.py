@@ -26,15 +26,25 @@ from optimizers.memory import measured_state_bytes
 
 from . import checkpoint
 from .curvature import hutchinson, label_gradient
-from .evaluation import Evaluation, evaluate, row_losses, target_count
+from .evaluation import Evaluation, evaluate
+from .layerwise import LayerWise, UpdateTimes
 from .lock import RunLock
-from .model import build_model
+from .loss import PretrainingLoss, real_targets, target_count
+from .model import build_model, choose_attention, compile_layers
 from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows, weight_dtype
 from .record import RunRecord, environment, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
 from .signals import Stopped, StopSignals
 from .storage import check_folder
-from .throughput import Meters, StepTimer, flops_per_token, peak_flops, peak_memory
+from .throughput import (
+    Meters,
+    StepTimer,
+    flops_per_token,
+    frozen_garbage,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+)
 from .trackers import make_tracker
 
 if TYPE_CHECKING:
@@ -79,6 +89,8 @@ def train(cfg: DictConfig) -> Path | None:
             RunLock(run_dir).remove_if_stale()  # of a process that was killed at its very end
         print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")
         return run_dir
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     with StopSignals() as signals, RunLock(run_dir) if main else nullcontext() as lock:
         if cfg.trainer.resume == "never" and main:
             kept = set_aside(run_dir)
@@ -97,7 +109,7 @@ class StepFigures:
         values: loss, norm of the gradient, how many ranks were asked to stop: float64, [3].
         rates: of the parameter groups.
         data_seconds: spent waiting for its rows.
-        timer: of the optimizer; None for a step without an update.
+        timer: of the optimizer, or of its updates one by one; None for a step without an update.
         arrived: when ``values`` is on the host; None: it is.
         bases: names of matrices, and the cosines between their old and new bases (optimizer.log_basis).
     """
@@ -106,7 +118,7 @@ class StepFigures:
     values: Tensor
     rates: list[float]
     data_seconds: float
-    timer: StepTimer | None = None
+    timer: StepTimer | UpdateTimes | None = None
     arrived: torch.cuda.Event | None = None
     bases: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
 
@@ -130,6 +142,7 @@ class Trainer:
     ) -> None:
         cfg = cfg.copy()
         cfg.trainer.precision = plan.precision  # what "auto" meant here is part of the record
+        cfg.model.attn_implementation = choose_attention(cfg.model.attn_implementation, plan.device, cfg.data.length)
         self.cfg, self.plan, self.device = cfg, plan, plan.device
         self.signals, self.lock = signals or StopSignals(), lock
         self.began = time.perf_counter()
@@ -174,7 +187,10 @@ class Trainer:
             eos_token_id=self.tokenizer.eos_id,
         )
         self.optimizer = make_optimizer(cfg, self.model)
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        if cfg.trainer.compile:
+            compile_layers(self.model)
+        self.wrapped = self.accelerator.prepare_model(PretrainingLoss(self.model, cfg.trainer.loss))
+        self.layerwise = LayerWise(self.model, self.optimizer, self.device) if cfg.trainer.layerwise else None
         # Accelerate's wrapper adds nothing to an optimizer without a gradient scaler, and its scheduler would step
         # once for every rank.
 
@@ -224,6 +240,7 @@ class Trainer:
             seed=data.seed,
             shuffle_buffer=data.shuffle_buffer,
             workers=data_workers(self.cfg, self.device),
+            pin_memory=self.device.type == "cuda",
             **where,
         )
 
@@ -261,6 +278,10 @@ class Trainer:
             tokenizer={"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
         )
 
+    def eager(self) -> AbstractContextManager:
+        """For what is not training: other shapes and modes, or second derivatives, which compiled layers do not have."""
+        return torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
+
     def autocast(self) -> AbstractContextManager:
         if self.plan.precision == "bf16_mixed":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -279,7 +300,7 @@ class Trainer:
             total=self.steps, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.main else True
         )
         try:
-            with self.batches, closing(self.tracker), self.bar:
+            with frozen_garbage(), self.batches, closing(self.tracker), self.bar:
                 self._loop()
         except Stopped:  # by all ranks together; any other error may be of one alone, and the launcher ends the rest
             self.accelerator.end_training()
@@ -327,21 +348,34 @@ class Trainer:
     def train_on(self, rows: dict[str, Tensor], waited: float = 0.0) -> StepFigures:
         """Gradient and update from ``rows``, for which this rank has ``waited`` so many seconds."""
         self.optimizer.zero_grad(set_to_none=True)
-        targets = self._sum(target_count(rows["labels"]).sum().to(self.device))
-        loss = self._backward(rows, targets)
-        asked = torch.tensor(float(self.signals.received is not None), dtype=torch.float64, device=self.device)
-        loss, asked = self._sum(torch.stack([loss, asked])).unbind()
+        targets = self._sum(self._on_device(target_count(rows["labels"]).sum()))
         set_rates(
             self.optimizer,
             rate_factor(self.done, self.steps, self.cfg.trainer.warmup_fraction, self.cfg.trainer.min_lr_ratio),
         )
+        if self.layerwise:
+            self.layerwise.begin()
+        try:
+            loss = self._backward(rows, targets)
+        except torch.linalg.LinAlgError as error:  # of a layer-wise update
+            raise self._lost(self._figures(torch.zeros((), device=self.device), targets, waited), error) from error
+        figures = self._figures(loss, targets, waited)
+        if self.lag or self._is_finite(figures):  # without lag, known before anything can reach the weights
+            figures.timer = self.layerwise.times if self.layerwise else self._update(rows, targets, figures)
+            if log := getattr(self.optimizer, "basis_log", None):
+                figures.bases = log.copy()
+                log.clear()
+        self.done += 1
+        return figures
+
+    def _figures(self, loss: Tensor, targets: Tensor, waited: float) -> StepFigures:
+        """Of the step that is being done, from this rank's summed loss and the gradients that there are."""
+        asked = torch.full((), float(self.signals.received is not None), dtype=torch.float64, device=self.device)
+        loss, asked = self._sum(torch.stack([loss.double(), asked])).unbind()
         values = torch.stack([loss / targets.clamp_min(1), self._clip().double(), asked])
         figures = StepFigures(self.done + 1, values, [group["lr"] for group in self.optimizer.param_groups], waited)
         if self.lag and values.is_cuda:
             figures.values, figures.arrived = _to_host(values)
-        if self.lag or self._is_finite(figures):  # without lag, known before anything can reach the weights
-            figures.timer = self._update(rows, targets, figures)
-        self.done += 1
         return figures
 
     def _update(self, rows: dict[str, Tensor], targets: Tensor, figures: StepFigures) -> StepTimer:
@@ -351,9 +385,7 @@ class Trainer:
             self._estimate_curvature(rows, targets)
             self.optimizer.step()
         except torch.linalg.LinAlgError as error:
-            self._settle(0)
-            self._is_finite(figures)  # the likelier reason
-            raise NonFiniteLoss(f"no eigenvectors at step {self.done + 1}: {error}") from error
+            raise self._lost(figures, error) from error
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             if self.cfg.optimizer.name != "any" or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -362,10 +394,13 @@ class Trainer:
                 "work with a plain step() on dense gradients"
             ) from error
         timer.stop()
-        if log := getattr(self.optimizer, "basis_log", None):
-            figures.bases = log.copy()
-            log.clear()
         return timer
+
+    def _lost(self, figures: StepFigures, error: Exception) -> NonFiniteLoss:
+        """What to say of a decomposition that failed: numbers that are not finite are the likelier reason."""
+        self._settle(0)
+        self._is_finite(figures)
+        return NonFiniteLoss(f"no eigenvectors at step {figures.step}: {error}")
 
     def _settle(self, left: int) -> None:
         """Read and report the figures of pending steps, until ``left`` are pending."""
@@ -437,8 +472,9 @@ class Trainer:
             last = i == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.autocast():
-                    logits = self.wrapped(**self._on_device(inputs)).logits
-                    loss = row_losses(logits, labels.to(self.device)).sum()
+                    loss = self.wrapped(*self._on_device((inputs, *real_targets(labels))))
+                if self.layerwise and not self.lag:  # it is the only micro-batch, and now the weights change
+                    self._is_finite(self._figures(loss.detach(), targets, 0.0))
                 (loss * weight).backward()
             total += loss.detach()
         return total
@@ -450,8 +486,13 @@ class Trainer:
         labels = split.pop("labels")
         return [({name: x[i] for name, x in split.items()}, labels[i]) for i in range(len(labels))]
 
-    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x.to(self.device) for name, x in inputs.items()}
+    def _on_device(self, x: Any) -> Any:
+        """Tensors from the host, in tuples or by name; a GPU gets them while the host goes on."""
+        if isinstance(x, dict):
+            return {name: self._on_device(part) for name, part in x.items()}
+        if isinstance(x, tuple):
+            return tuple(self._on_device(part) for part in x)
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def _estimate_curvature(self, rows: dict[str, Tensor], targets: Tensor) -> None:
         """Give an optimizer that wants it (Sophia) an estimate of the Hessian's diagonal, over all rows of the step."""
@@ -469,8 +510,9 @@ class Trainer:
             with self.autocast():
                 return self.model(**inputs).logits
 
-        pieces = [(self._on_device(inputs), labels.to(self.device)) for inputs, labels in self._pieces(rows)]
-        found = (hutchinson if common else label_gradient)(logits, pieces, params, generator)
+        pieces = self._on_device(tuple(self._pieces(rows)))
+        with self.eager():
+            found = (hutchinson if common else label_gradient)(logits, pieces, params, generator)
         B = targets.clamp_min(1)
         means = [self._sum(total) / B for total in found]
         self.optimizer.update_estimate(
@@ -482,10 +524,10 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Norm of the whole gradient, before clipping if any is asked for."""
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters() if p.grad is not None
-        ]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.layerwise:
+            return self.layerwise.norm()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
         limit = self.cfg.trainer.grad_clip
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
@@ -534,16 +576,16 @@ class Trainer:
 
     def _evaluate(self, again: bool = False) -> Evaluation | None:
         """The validation loss; None if a signal came meanwhile."""
-        # Not the DDP wrapper: it synchronises buffers in every forward pass, and ranks may have unequal numbers of them.
-        result = evaluate(
-            self.model,
-            self.validation,
-            self.cfg.eval.batch_size,
-            self.cfg.eval.galore_rows,
-            self.accelerator,
-            self.autocast(),
-            self._asked_anywhere,
-        )
+        with self.eager():  # and not the DDP wrapper, whose forward passes are counted: ranks may have unequal numbers
+            result = evaluate(
+                self.model,
+                self.validation,
+                self.cfg.eval.batch_size,
+                self.cfg.eval.galore_rows,
+                self.accelerator,
+                self.autocast(),
+                self._asked_anywhere,
+            )
         if result is not None and not math.isfinite(result.loss):  # of weights that the last update has lost
             raise NonFiniteLoss(
                 f"the validation loss is not finite after step {self.done}; {self._last_good()}; {LOWER}"
@@ -557,14 +599,15 @@ class Trainer:
         if self.main:
             tqdm.write(f"step {self.done:6,}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
             if self.cfg.trainer.sample_tokens:
-                text = write_text(
-                    self.model,
-                    self.tokenizer,
-                    self.cfg.trainer.sample_prompt,
-                    self.cfg.trainer.sample_tokens,
-                    seed=self.cfg.seed,
-                    autocast=self.autocast(),
-                )
+                with self.eager():
+                    text = write_text(
+                        self.model,
+                        self.tokenizer,
+                        self.cfg.trainer.sample_prompt,
+                        self.cfg.trainer.sample_tokens,
+                        seed=self.cfg.seed,
+                        autocast=self.autocast(),
+                    )
                 self.record.sample(self.done, text)
                 tqdm.write("    " + text.replace("\n", "\n    "))
         return result
@@ -660,10 +703,12 @@ def _number(x: float) -> float | None:
 
 def make_accelerator(device: torch.device) -> Accelerator:
     """Accelerate's processes, checked: on a CPU it makes independent jobs unless told that it is one."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    # Buffers are constants (rotary frequencies), and gradients need not lie in memory twice.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # Precision is ours to choose: what `accelerate config` left on the machine must not change a run unnoticed.
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
     if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         raise UserError(
             f"this machine's accelerate configuration asks for {accelerator.distributed_type}, which the optimizers cannot "

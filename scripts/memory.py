@@ -132,7 +132,7 @@ def plan(gpu: int, optimizers: Sequence[str], models: Sequence[str]) -> str:
         return f"{model if first else '':14}{precision:12}" + "".join(f"{cell or '-':>{width}}" for cell in cells)
 
     lines += [row(model, precision, False) for model in models for precision in planner.PRECISIONS]
-    lines += ["", "with trainer.layerwise (gradients freed inside the backward pass), not available yet", lines[2]]
+    lines += ["", "with trainer.layerwise=true, which cannot accumulate: it is then the batch of a step", lines[2]]
     lines += [row(model, "bf16", True) for model in models]
     return "\n".join([*lines, "", allowance(gpu)])
 
@@ -168,24 +168,31 @@ def detail(gpu: int, optimizer: str, model: str, precision: str) -> str:
     ]
     if not fits:
         alone = planner.largest_micro_batch(gpu, shape, optimizer, precision=precision, layerwise=True)
-        lines.append(
-            "Not one row fits."
-            + (f" With trainer.layerwise, not available yet: {alone}." if alone else " Nor with layer-wise updates.")
-        )
+        if not alone:
+            lines.append("Not one row fits. Nor with layer-wise updates.")
+        else:
+            lines.append(f"Not one row fits. With trainer.layerwise=true as the whole batch of a step: {alone}.")
+            lines.append(command(optimizer, model, precision, alone, layerwise=True))
     else:
         lines.append(command(optimizer, model, precision, fits))
     return "\n".join(lines)
 
 
-def command(optimizer: str, model: str, precision: str, rows: int) -> str:
+def command(optimizer: str, model: str, precision: str, rows: int, layerwise: bool = False) -> str:
     """What to type; evaluation is given no more rows than training."""
     words = [f"python train.py model={model} optimizer={optimizer}"]
-    if not (CONFIGS / "recipe" / f"{optimizer}-{model}.yaml").is_file():
-        words.append(f"recipe=none trainer.steps={steps_of(model)} trainer.batch_size={planner.MOST_ROWS}")
+    recipe = (CONFIGS / "recipe" / f"{optimizer}-{model}.yaml").is_file()
+    if not recipe:
+        words.append(f"recipe=none trainer.steps={steps_of(model)}")
+    if layerwise or not recipe:
+        words.append(f"trainer.batch_size={rows if layerwise else planner.MOST_ROWS}")
+    if not recipe:
         options = yaml.safe_load((CONFIGS / "optimizer" / f"{optimizer}.yaml").read_text())
         if "rank" in options and optimizer != "apollo_mini":
             words.append(f"optimizer.rank={RANKS[model]}")
     words.append(f"trainer.precision={precision} trainer.micro_batch_size={rows} eval.batch_size={min(rows, 64)}")
+    if layerwise:
+        words.append("trainer.layerwise=true")
     return " ".join(words)
 
 

@@ -1,4 +1,5 @@
-"""The paper's tables and figures beside our records: results/README.md, results/tables/, results/figures/paper/.
+"""The paper's tables and figures beside our records: results/README.md, results/tables/, results/figures/paper/; and the
+page of the benchmarks, results/benchmarks/README.md.
 
     python scripts/tables.py              write them again (make tables)
     python scripts/tables.py --check      write nothing; fail if a committed table disagrees with the records
@@ -16,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from reporting import benchmarks  # noqa: E402
 from reporting.paper.cost import computed_memory  # noqa: E402
 from reporting.paper.figures import draw_all  # noqa: E402
 from reporting.paper.numbers import RESULTS, load_paper  # noqa: E402
@@ -47,6 +49,7 @@ def run(asked: argparse.Namespace) -> int:
     paper = load_paper()
     exact = computed_memory(paper, "exact")
     files = generate(asked.runs, computed_memory(paper, "paper"), exact)
+    files[benchmarks.PAGE] = benchmarks.page(RESULTS / "benchmarks")
     if asked.check:
         found = differences(files, asked.out)
         for sentence in found:
@@ -59,7 +62,7 @@ def run(asked: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     drawn = [] if asked.no_figures else draw_all(asked.out / FIGURES, asked.runs, exact)
-    print(f"{asked.out.name}/README.md, {len(files) - 1} tables and {len(drawn)} pictures written.")
+    print(f"{asked.out.name}/README.md, {benchmarks.PAGE}, {len(files) - 2} tables and {len(drawn)} pictures written.")
     return 0
 
 

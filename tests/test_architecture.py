@@ -16,6 +16,7 @@ OURS = {
     "data",
     "pretraining",
     "reporting",
+    "benchmarking",
     "sweeps",
     "scripts",
     "tests",
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "fisher": {"optimizers"},
     "pretraining": {"optimizers", "data"},
     "reporting": {"optimizers.memory"},
+    "benchmarking": {"optimizers", "data", "pretraining", "reporting", "sweeps.local"},
     "sweeps": {"reporting"},
 }
 # Costly or optional packages: imported inside the function that needs them, if at all.
@@ -117,6 +119,8 @@ def test_imports_point_one_way(room: str) -> None:
         ("reporting", "import optimizers"),
         ("reporting", "from ...data import rows"),
         ("fisher", "from data import loader"),
+        ("pretraining", "from benchmarking import record"),
+        ("benchmarking", "from scripts import benchmark"),
     ],
 )
 def test_the_rules_catch(room: str, source: str) -> None:

@@ -52,6 +52,7 @@ _REPORTS = (  # pages that other commands write
     ("fair/README.md", "The fair comparison: every method on the same grids, two proxies"),
     ("runs/compare/README.md", "Adam, Muon, RACS and Alice on grids of rates, the quickstart's task"),
     ("runs/all/README.md", "Every method on the same task, 100 steps: speeds, states, rates"),
+    ("benchmarks/README.md", "Milliseconds of optimizer steps and tokens a second of trainers, ours beside others'"),
     ("fisher/README.md", "How well each structure of the Fisher matrix fits real gradients"),
 )
 
@@ -154,7 +155,8 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory) -> str:
         "whose perplexity is too low by 1 to 14 %; nobody knows whether the authors used it. The paper's numbers, "
         "their sources and misprints are in [results/paper](paper/README.md); the tables are also single files in "
         f"[results/tables](tables), the figures in [results/{FIGURES}]({FIGURES}) as PNG and SVG.",
-        f"What the paper's comparison leaves open is the subject, at a small scale, of [the fair comparison]({_REPORTS[0][0]}).",
+        "What the paper's comparison leaves open is the subject, at a small scale, of "
+        f"[the fair comparison]({_REPORTS[0][0]}).",
         "\n".join(
             [
                 "Contents:",

@@ -12,6 +12,7 @@ import torch
 import fisher
 from optimizers import RACS, Alice, Context, create
 from optimizers.eigen_adam import EigenAdam
+from optimizers.factored import Factored
 from optimizers.galore import GaLore
 from optimizers.lars import LARS
 from optimizers.muon import Muon
@@ -56,7 +57,8 @@ def from_state(optimizer_class, G, state, **options):
     group = optimizer.param_groups[0]
     full = {name: x.double() for name, x in optimizer.init_state((M, N), group).items()} | state
     batched = {name: x.clone()[None] for name, x in full.items()}
-    return optimizer.direction(G[-1:], batched, group, Context(step=2, names=("W",), transposed=False))[0]
+    update = optimizer.direction(G[-1:], batched, group, Context(step=2, names=("W",), transposed=False))
+    return (update.dense() if isinstance(update, Factored) else update)[0]
 
 
 def close(update, structure, G, tolerance=1e-7):

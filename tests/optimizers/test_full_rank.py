@@ -160,6 +160,8 @@ def test_methods_with_gram_matrices_on_both_sides_turn_with_the_gradient(name):
 @each_variant
 def test_matrices_updated_together_do_not_mix(monkeypatch, method, options):
     """As on a GPU, where matrices of one shape are stacked."""
+    if method is Muon:  # bfloat16 products of stacks and of single matrices are rounded at different places
+        options = {**options, "ns_dtype": "float32"}
     grads = [gradients(4, 6), [-3 * G.flip(0) for G in gradients(4, 6)]]
     weights = [draw(4, 6, seed=50), 0 * draw(4, 6)]
     alone = [run(method, G, W, **options)[0] for G, W in zip(grads, weights, strict=True)]
@@ -619,11 +621,12 @@ def test_factored_soap_keeps_the_marginals_of_soap(form):
 
 def test_bounded_changes_only_what_could_overflow():
     G = torch.stack([gradients(4, 6, dtype=torch.float32)[0] * scale for scale in (0.0, 1e-30, 1.0, 1e12, 1e30)])
-    B = linalg.bounded(G)
+    B, largest = linalg.bounded(G)
     assert torch.equal(B[:4], G[:4])
+    assert torch.equal(largest.flatten(), B.abs().amax((-2, -1)))
     assert torch.isfinite((B @ B.mT) * 1e10).all()
     wild = torch.tensor([[[float("inf"), 1.0]], [[float("nan"), 1.0]]])
-    assert linalg.bounded(wild).isnan().flatten(1).any(1).all()
+    assert linalg.bounded(wild)[0].isnan().flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5])

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from pretraining import trainer as trainer_module
 from pretraining.evaluation import evaluate
+from pretraining.loss import PretrainingLoss
 from pretraining.signals import Stopped
 from pretraining.trainer import Trainer, make_plan, train
 
@@ -45,22 +45,22 @@ def work(folder: Path) -> dict[str, object]:
 
 def skip_on_one_rank(folder: Path) -> int:
     """Only the last rank's loss is not a number; none may update, and none may wait for the others."""
-    original = trainer_module.row_losses
+    original = PretrainingLoss.forward
     calls = []
 
-    def row_losses(logits, labels):
+    def forward(self, *inputs):
         calls.append(1)
-        losses = original(logits, labels)
-        return losses * math.nan if len(calls) == 3 and RANK == WORLD - 1 else losses
+        loss = original(self, *inputs)
+        return loss * math.nan if len(calls) == 3 and RANK == WORLD - 1 else loss
 
-    trainer_module.row_losses = row_losses
+    PretrainingLoss.forward = forward  # type: ignore[method-assign]
     cfg = config(
         folder / f"skip-{WORLD}", "trainer.on_nonfinite=skip", "trainer.steps=4", "trainer.micro_batch_size=64",
         "trainer.eval_every=4",
     )  # fmt: skip
     trainer = Trainer(cfg, make_plan(cfg))
     trainer.run()
-    trainer_module.row_losses = original
+    PretrainingLoss.forward = original  # type: ignore[method-assign]
     digest = torch.tensor(sum(p.double().sum().item() for p in trainer.model.parameters()), dtype=torch.float64)
     everywhere = trainer.accelerator.gather(digest.reshape(1))
     assert (everywhere == everywhere[0]).all() and torch.isfinite(everywhere).all()

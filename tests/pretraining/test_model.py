@@ -10,7 +10,7 @@ import torch
 
 from data.errors import UserError
 from pretraining.config import choices, compose
-from pretraining.model import build_model, parameter_count
+from pretraining.model import build_model, choose_attention, parameter_count
 
 PUBLISHED = {"llama_60m": 58_073_600, "llama_130m": 134_105_856, "llama_350m": 367_969_280, "llama_1b": 1_339_082_752}
 PROXIES = {"llama_tiny": 3_688_704, "llama_tiny_4k": 1_840_256}
@@ -123,3 +123,10 @@ def test_impossible_shapes_are_named(key: str, value: Any, word: str) -> None:
     cfg[key] = value
     with pytest.raises(UserError, match=word):
         build_model(cfg, device="meta")
+
+
+def test_attention_is_chosen_by_device_and_length():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [choose_attention("auto", cpu, n) for n in (256, 512, 513)] == ["eager", "eager", "sdpa"]
+    assert choose_attention("auto", cuda, 256) == choose_attention("auto") == "sdpa"
+    assert choose_attention("sdpa", cpu, 256) == "sdpa" and choose_attention("eager", cuda, 4096) == "eager"

@@ -111,7 +111,7 @@ def test_activations_are_what_autograd_keeps(model: str, rows: int, length: int,
     numbers = shape(model) | ({"num_hidden_layers": 3} if model == "llama_60m" else {})  # of eight equal ones: quicker
     built = build_model(numbers, dtype=weight_dtype(precision))
     ids = torch.randint(numbers["vocab_size"], (rows, length))
-    targets = rows * (length - 1)
+    targets = rows * length  # a row's last position has none, but its logits are there
     of_loss = targets * (4 * numbers["vocab_size"] + 8)  # log-probabilities in float32, and which of them counts
     expected = memory.activation_bytes(numbers, rows, length, precision) + of_loss
     assert saved_bytes(built, precision, ids) == pytest.approx(expected, rel=1e-4)
@@ -201,7 +201,7 @@ def test_the_table_has_a_row_for_each_model_and_precision(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines]
     assert ["llama_1b", "bf16", "16", "16"] in rows and ["bf16_mixed", "-", "8"] in rows
-    assert any("trainer.layerwise" in line and "not available yet" in line for line in lines)
+    assert any("trainer.layerwise=true" in line and "cannot accumulate" in line for line in lines)
     assert any("allowance, not measured" in line for line in lines)
     assert rows.count(["model", "precision", "Adam", "RACS"]) == 2  # the layer-wise table has its own
 
@@ -225,6 +225,19 @@ def test_the_command_it_gives_can_be_run(capsys, model: str, name: str) -> None:
     assert f"{need.peak / GIB:.2f} GiB" in text
     plan = make_plan(cfg)
     assert plan.checkpoint_bytes == need.weights + need.states
+
+
+@pytest.mark.parametrize("name", ["racs", "galore"])  # with a recipe and without
+def test_what_fits_only_layer_by_layer_can_be_run_so(capsys, name: str) -> None:
+    assert script.main(["--gpu", "24GB", "--model", "llama_7b", "--optimizer", name]) == 0
+    *_, said, words = capsys.readouterr().out.splitlines()
+    rows = memory.largest_micro_batch(24 * GIB, shape("llama_7b"), name, layerwise=True)
+    assert said == f"Not one row fits. With trainer.layerwise=true as the whole batch of a step: {rows}."
+    cfg = compose(shlex.split(words)[2:])
+    validate(cfg)
+    make_plan(cfg)
+    t = cfg.trainer
+    assert t.layerwise and t.batch_size == t.micro_batch_size == rows
 
 
 def test_a_cell_that_does_not_fit_says_so(capsys) -> None:

@@ -36,7 +36,7 @@ def test_a_record_changes_the_tables_and_check_notices(
     assert script.main(where) == 0
     first = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.*")}
     assert script.main(where) == 0 and first == {path: path.read_bytes() for path in first}  # idempotent
-    assert script.main([*where, "--check"]) == 0 and "13 files agree" in capsys.readouterr().out
+    assert script.main([*where, "--check"]) == 0 and "14 files agree" in capsys.readouterr().out
 
     write_cell(tmp_path / "runs", "table5/none", perplexity=26.5)
     assert script.main([*where, "--check"]) == 1

@@ -1,0 +1,224 @@
+"""The faster arithmetic of a step against the plain one, and what it must not do: wait for a device, compile again."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import METHODS, RACS, Alice, MatrixOptimizer
+from optimizers.apollo import Apollo
+from optimizers.factored import Factored
+from optimizers.fira import Fira
+from optimizers.galore import GaLore
+from optimizers.linalg import _quintic, largest_entry, product, quintic
+from optimizers.low_rank import residual_energy
+from optimizers.muon import Muon
+
+SHAPES = ((8, 12), (12, 8), (8, 8))
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def parameters(dtype=torch.float32):
+    return [nn.Parameter(draw(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(SHAPES)]
+
+
+def walk(optimizer, steps=5, lr=None):
+    """Steps with gradients that are the same for every optimizer; returns the weights."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for t in range(steps):
+        if lr is not None:
+            optimizer.param_groups[0]["lr"] = lr(t)
+        for i, p in enumerate(params):
+            p.grad = draw(*p.shape, seed=100 * t + i).to(p.dtype)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+# Updates in factors ---------------------------------------------------------------------------------------------------
+
+TERMS = {
+    "product": ("U", "R"),
+    "scaled": ("G", "rows", "columns"),
+    "columns": ("G", "columns"),
+    "gradient": ("G",),
+    "both": ("U", "R", "G", "columns"),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_factors_are_what_they_multiply_out_to(terms, turned):
+    B, m, n, r = 1, 4, 6, 2
+    parts = {"U": (m, r), "R": (r, n), "G": (m, n), "rows": (m, 1), "columns": (1, n)}
+    parts = {name: draw(B, *shape, seed=i) for i, (name, shape) in enumerate(parts.items())}
+    if turned:
+        parts["G"] = parts["G"].mT.contiguous().mT
+    X = torch.zeros(B, m, n, dtype=torch.float64)
+    if "U" in terms:
+        X = X + parts["U"] @ parts["R"]
+    if "G" in terms:
+        G = parts["G"]
+        X = X + (parts["rows"] if "rows" in terms else 1.0) * G * (parts["columns"] if "columns" in terms else 1.0)
+    kept = parts["G"].clone()
+    update = Factored(**{name: parts[name] for name in terms})
+    W = draw(B, m, n, seed=9) if not turned else draw(B, n, m, seed=9).mT
+    expected = W - 3 * X
+    update.times(3.0).subtract_from(W)
+    torch.testing.assert_close(W, expected)
+    torch.testing.assert_close(update.dense(turned), X)
+    torch.testing.assert_close(update.times(torch.tensor(2.0)).dense(turned), 2 * X)
+    assert torch.equal(parts["G"], kept), "the gradient is not the optimizer's to change"
+
+
+@pytest.mark.parametrize("orthonormal", [True, False])
+@pytest.mark.parametrize("kept", [1.0, 0.25])
+def test_energy_of_a_residual_that_is_not_formed(orthonormal, kept):
+    G, U = draw(2, 6, 9), draw(2, 6, 3, seed=1)
+    if orthonormal:
+        U = torch.linalg.qr(U).Q
+    sigma = U.mT @ G
+    formed = (G - kept * U @ sigma).square().sum(-2)
+    torch.testing.assert_close(residual_energy(G, U, sigma, 1e-15, kept, orthonormal), formed)
+
+
+def test_columns_inside_a_rounded_basis_are_not_blown_up():
+    """||g||^2 - ||sigma||^2 is rounding there, of either sign, and C would be divided by it."""
+    U = torch.linalg.qr(draw(1, 64, 8)).Q.bfloat16().float()
+    G = U @ draw(1, 8, 20, seed=1).float()
+    whole = G.square().sum(-2)
+    energy = residual_energy(G, U, U.mT @ G, torch.finfo(torch.bfloat16).eps)
+    assert (energy >= torch.finfo(torch.bfloat16).eps * whole).all()
+
+    p = nn.Parameter(torch.zeros(64, 20, dtype=torch.bfloat16))
+    optimizer = Alice([p], lr=1.0, rank=8, leading=3, update_interval=100, scale=1.0, limiter=None)
+    for _ in range(7):
+        p.grad = (U @ draw(1, 8, 20, seed=1).float())[0].bfloat16()
+        optimizer.step()
+    assert p.abs().max() < 7 * 20, "at most (a few units) x sqrt(m - r) a step"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(Alice, {"leading": 2}), (GaLore, {}), (Fira, {}), (Fira, {"residual": "scaled"}), (Apollo, {"limiter": 1.01})],
+    ids=["alice", "galore", "fira", "fira_scaled", "apollo"],
+)
+def test_products_of_bfloat16_numbers_move_weights_alike(method, options, dtype):
+    plain, low = (
+        walk(method(parameters(dtype), lr=1.0, rank=4, **options, products=products))
+        for products in ("float32", "bfloat16")
+    )
+    start = parameters(dtype)
+    for a, b, w in zip(low, plain, start, strict=True):
+        moved = (b.double() - w.double()).norm()
+        assert (a.double() - b.double()).norm() < 0.03 * moved
+        assert a.dtype == dtype
+
+
+# Layout ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)], ids=str)
+def test_orthogonalisation_from_the_right_is_that_from_the_left(shape):
+    X = draw(*shape)
+    turned = X.mT if shape[0] > shape[1] else X
+    torch.testing.assert_close(quintic(turned, 5, 1e-7), _quintic(turned.contiguous(), 5, 1e-7))
+
+
+def test_states_of_tall_matrices_lie_like_their_gradients_also_after_loading():
+    optimizer = Muon(parameters())
+    walk(optimizer, 2)
+    loaded = Muon(parameters())
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        i: {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+        for i, s in saved["state"].items()
+    }
+    loaded.load_state_dict(saved)
+    for one in (optimizer, loaded):
+        for p in one.param_groups[0]["params"]:
+            m = one.state[p]["m"]
+            assert m.shape[0] <= m.shape[1]
+            assert (m.mT if p.shape[0] > p.shape[1] else m).is_contiguous()
+
+
+def test_largest_entries():
+    X = draw(3, 4, 6)
+    X[1, 2, 3] = -7.0
+    expected = X.abs().amax((-2, -1), keepdim=True)
+    assert torch.equal(largest_entry(X), expected)
+    assert torch.equal(largest_entry(X.mT), expected)
+    assert math.isnan(largest_entry(torch.tensor([[[1.0, float("nan")]]])))
+    assert largest_entry(torch.zeros(1, 2, 2)).signbit().item() is False
+
+
+def test_products_of_one_matrix_and_of_stacks():
+    A, B = draw(2, 3, 4), draw(2, 4, 5, seed=1)
+    torch.testing.assert_close(product(A, B), A @ B)
+    torch.testing.assert_close(product(A[:1], B[:1]), A[:1] @ B[:1])
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+OURS = sorted(
+    name for name, (build, _) in METHODS.items() if isinstance(build, type) and issubclass(build, MatrixOptimizer)
+)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_step_reads_nothing_from_the_device(name):
+    """On the meta device there are no numbers to read: whatever asks for one fails, where a GPU would have to wait."""
+    build, preset = METHODS[name]
+    small = {"rank": 4, "leading": 2, "update_interval": 1000}
+    takes = inspect.signature(build).parameters
+    options = {**preset, **{key: value for key, value in small.items() if key in takes and key not in preset}}
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES for _ in range(2)]
+    optimizer = build(params, **options)
+    for p in params:
+        p.grad = torch.empty_like(p)
+        optimizer._init(p, optimizer.param_groups[0])
+        optimizer.state[p]["step"] = 1  # refreshes may wait
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+# Compilation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(RACS, {}), (Alice, {"rank": 4, "leading": 2, "update_interval": 3}), (Muon, {"ns_dtype": "float32"})],
+    ids=["racs", "alice", "muon"],
+)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_compiled_step_is_the_plain_one_whatever_the_rate(method, options, decay):
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = method(parameters(), weight_decay=decay, **options)
+    compiled = method(parameters(), weight_decay=decay, **options)
+    compiled.compile(backend=backend)
+
+    def rates(t):
+        return 0.01 / (t + 1)
+
+    for a, b in zip(walk(compiled, 7, rates), walk(plain, 7, rates), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(graphs) == len(SHAPES), "one for each shape, none for a new rate"
+
+
+def test_a_copy_goes_on_like_the_original():
+    original = Alice(parameters(), rank=4, leading=2)
+    walk(original, 2)
+    copied = copy.deepcopy(original)
+    for a, b in zip(walk(original, 3), walk(copied, 3), strict=True):
+        assert torch.equal(a, b)

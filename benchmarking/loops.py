@@ -148,8 +148,11 @@ class Paced:
 
 def ours(job: Job, ready: Callable[[dict[str, Any]], None]) -> None:
     """`Trainer.run` as train.py calls it, with its loader, record and checks."""
+    from pretraining.throughput import keep_freed_memory
     from pretraining.trainer import Trainer
 
+    if job.plan.device.type == "cpu":
+        keep_freed_memory()  # as pretraining.trainer.train does
     trainer = Trainer(job.cfg, job.plan)
     trainer.batches = Paced(trainer.batches, job)  # type: ignore[assignment]
     ready(facts(job, trainer.model, trainer.optimizer))

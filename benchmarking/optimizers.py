@@ -31,6 +31,7 @@ from optimizers import partition
 from optimizers.memory import RANKS, measured_state_bytes
 from pretraining.config import choices, compose
 from pretraining.model import build_model
+from pretraining.throughput import keep_freed_memory
 from reporting.benchmarks import FORMAT, aligned, optimizer_table
 
 from . import record as records
@@ -82,6 +83,7 @@ def run(asked: argparse.Namespace) -> int:
 
     began = time.monotonic()
     device, dtype = torch.device(asked.device), DTYPES[asked.dtype]
+    kept = device.type == "cpu" and keep_freed_memory()  # as train.py: without it, page faults are what is measured
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this process adds to it
     machine = records.describe_machine(device, asked.words, packages(groups), load_average_before=load)
     lines, speeds = measure(groups, shapes, device, dtype, rank, asked.repeats, asked.refreshes)
@@ -101,6 +103,7 @@ def run(asked: argparse.Namespace) -> int:
             "warmup": WARMUP,
             "seed": SEED,
             "threads": torch.get_num_threads(),
+            "keeps_freed_memory": kept,
             **speeds,
             "memory_limit_bytes": memory_limit(shapes.values()),
             "seconds": time.monotonic() - began,

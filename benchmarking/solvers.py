@@ -1,9 +1,9 @@
 """Which solver for a refresh: time and accuracy of QR, eigenvectors and complement columns, and what a refresh consists of.
 
 Matrices G [B, m, n] in float32 are low rank plus noise, as in `benchmarking.optimizers`. U [B, m, r] is the basis that Alice's
-first refresh leaves, H = G (G^T U) what the next one has to orthonormalise, V = Z^T G G^T Z with Z = qr(H) the Ritz matrix. A line of the record is
-one solver on one shape and one B: milliseconds per matrix, and how wrong its result is, computed in float64 for the first
-matrix:
+first refresh leaves, H = G (G^T U) what the next one has to orthonormalise, V = Z^T G G^T Z with Z = qr(H) the Ritz matrix. A
+line of the record is one solver on one shape and one B: milliseconds per matrix, and how wrong its result is, computed in
+float64 for the first matrix:
 
     orthogonality   |X^T X - I|, largest entry
     residual        QR: |H - X X^T H| over |H|; eigenvectors: |A x - x (x^T A x)| over |A|; complement: |U^T X|, largest entries

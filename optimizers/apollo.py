@@ -51,6 +51,7 @@ class Apollo(Alice):
     """
 
     tracks = False
+    compilable = False
 
     def __init__(
         self,
@@ -143,8 +144,10 @@ class Apollo(Alice):
         if group["scaling"] == "tensor":
             whole, in_space, projected = (x.sum(-1, keepdim=True) for x in (whole, in_space, projected))
         # A column that U misses altogether would be divided by rounding errors.
-        s = in_space.sqrt() / projected.sqrt().maximum(1e-8 * whole.sqrt()).clamp_min(1e-12)
-        columns = (s.unsqueeze(-2) / c).clamp(max=torch.finfo(sigma.dtype).max)
+        least = torch.finfo(sigma.dtype).tiny ** 0.5
+        s = in_space.sqrt() / projected.sqrt().maximum(1e-8 * whole.sqrt()).clamp_min(least)
+        s = s.where(whole > 0, 0.0)
+        columns = s.unsqueeze(-2) / c
         if group["limiter"] is not None:
             eta, state["phi"] = growth_limit((whole * s.square()).sum(-1).sqrt(), state["phi"], group["limiter"])
             columns = columns * eta

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
 from .factored import Factored
-from .linalg import bounded
+from .linalg import bounded, matmul_rounding
 from .quantization import dequantize, new_codes, quantize
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
@@ -45,6 +45,7 @@ class Context:
         estimate: [B, m, n], what ``update_estimate`` was given for these matrices, if anything (Sophia).
         seed: the group's.
         largest: [B, 1, 1], the largest absolute entry of each matrix of the gradient, where it was needed already.
+        rounding: of the factors of float32 products, see ``linalg.matmul_rounding``.
         stored: dtype that the states of the matrix are kept in; None for the one they are computed in.
     """
 
@@ -55,6 +56,7 @@ class Context:
     W: Tensor | None = None
     estimate: Tensor | None = None
     largest: Tensor | None = None
+    rounding: float = 2.0**-23
     stored: torch.dtype | None = None
 
     @cached_property
@@ -95,6 +97,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Subclasses say:
         orient: False if the method treats rows and columns of a tall matrix as they are stored.
         bounds: False if ``direction`` gets the gradient as it is, however large; see ``linalg.bounded``.
+        compilable: False if ``direction`` depends on the number of the step, or draws.
         uses_weights: True if ``ctx.W`` is wanted.
         applies_scale: True if ``direction`` returns what is already multiplied by ``group["scale"]`` where it should be.
         moments: name -> signed, of the states that ``state_dtype="8bit"`` keeps as block-wise 8-bit codes.
@@ -104,6 +107,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     orient = True
     bounds = True
+    compilable = True
     uses_weights = False
     applies_scale = False
     moments: ClassVar[dict[str, bool]] = {}
@@ -127,7 +131,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor | Factored:
         """The update direction [B, m, n], before learning rate, scale and weight decay. Changes ``state``.
 
-        It may be returned in factors. A tensor must be new, or one that ``state`` has not: the step overwrites it.
+        It may be returned in factors (``Factored``). A tensor must not be ``ctx.W``, which the step changes.
 
         Args:
             G: [B, m, n], m <= n if ``orient``, in float32 (float64 for float64 parameters), its entries bounded.
@@ -173,7 +177,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         Args:
             options: of torch.compile.
+
+        Raises:
+            ValueError: the method cannot be compiled.
         """
+        if not self.compilable:
+            raise ValueError(f"{type(self).__name__} does something else at each step; leave its compilation out")
         # one for each shape of matrix and each way to store it; torch's limit of 8 would fall back to eager silently
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._compiled = torch.compile(self._direct_and_subtract, **{"dynamic": False, "fullgraph": True, **options})
@@ -313,7 +322,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for i in range(0, len(params), per_chunk):
                 chunk = slice(i, i + per_chunk)
                 stored = stored_dtype(params[0], group)
-                yield params[chunk], Context(step, tuple(names[chunk]), transposed, group.get("seed", 0), stored=stored)
+                yield (
+                    params[chunk],
+                    Context(
+                        step,
+                        tuple(names[chunk]),
+                        transposed,
+                        group.get("seed", 0),
+                        stored=stored,
+                        rounding=matmul_rounding(),
+                    ),
+                )
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any], ctx: Context) -> None:
         compute = compute_dtype(params[0])
@@ -450,8 +469,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     if "step" in self.state[p]:  # the fused kernels want it beside the parameter
                         self.state[p]["step"] = self.state[p]["step"].to(p.device)
                 continue
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)  # an option that is younger than what was saved
             for p in group["params"]:
-                if self._is_turned(p, group):
+                if p in self.state and self._is_turned(p, group):
                     states = self.state[p]
                     states.update({name: laid_like(x, p.mT) for name, x in states.items() if isinstance(x, Tensor)})
 
@@ -480,9 +501,9 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
     first, compute = params[0], compute_dtype(params[0])
     if isinstance(D, Factored):
         D = D.times(factor)
-        if len(params) == 1 and {first.dtype, compute} == D.dtypes:
+        if len(params) == 1 and first.dtype == compute and D.dtypes == {compute}:
             if decay is not None:
-                first.mul_(1 - decay)
+                first.sub_(first * decay)  # not by 1 - decay, which is rounded
             D.subtract_from(first.unsqueeze(0))
             return
         D, factor = D.dense(turned=first.stride(-2) == 1), 1.0
@@ -492,7 +513,8 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
         # not p.sub_ with a float32 d: in place, mixed dtypes take ten times as long where p is turned
         wide = p if p.dtype in (compute, d.dtype) else p.to(compute)
         if decay is not None:
-            wide = wide.to(compute) * (1 - decay) if wide is p and p.dtype != compute else wide.mul_(1 - decay)
+            wide = p.to(compute)
+            wide.sub_(wide * decay)
         wide.sub_(d, alpha=factor)
         if wide is not p:
             p.copy_(wide)

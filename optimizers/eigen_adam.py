@@ -92,5 +92,9 @@ class EigenAdam(MatrixOptimizer):
         m = state["m"].mul_(beta1).add_(G, alpha=1 - beta1)
         sigma = U.mT @ G
         v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)
-        update = U @ ((U.mT @ m) / (v.sqrt() + group["eps"]))
-        return update * bias_correction(ctx.step, beta1, beta2) if group["bias_correction"] else update
+        return U @ ((U.mT @ m) / (v.sqrt() + group["eps"]))
+
+    def factor(self, shape: torch.Size, group: dict[str, Any], ctx: Context) -> float | Tensor:
+        """lambda alpha, and c_t if asked for."""
+        factor = super().factor(shape, group, ctx)
+        return factor * bias_correction(ctx.step, *group["betas"][:2]) if group["bias_correction"] else factor

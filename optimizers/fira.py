@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .alice import PARTS_OFF, Alice, rounding
+from .alice import PARTS_OFF, Alice, is_rounded, rounding
 from .base import Context, MatrixOptimizer, check
 from .factored import Factored
 from .limiter import growth_limit
@@ -106,7 +106,7 @@ class Fira(Alice):
         alpha = group["scale"]
         kept = alpha if group["residual"] == "scaled" else 1.0
         s = fira_scaling(sigma, omega, 1e-8)
-        energy = residual_energy(G, U, sigma, rounding(U, ctx), kept)
+        energy = residual_energy(G, U, sigma, rounding(U, ctx), not is_rounded(U, ctx), kept)
         eta, state["phi"] = growth_limit(
             (energy * s.square().squeeze(-2)).sum(-1).sqrt(), state["phi"], group["limiter"]
         )

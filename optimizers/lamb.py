@@ -35,6 +35,7 @@ class LAMB(MatrixOptimizer):
 
     orient = False
     uses_weights = True
+    compilable = False
 
     def __init__(
         self,

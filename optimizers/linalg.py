@@ -46,6 +46,11 @@ def largest_entry(X: Tensor) -> Tensor:
     return torch.tensor(largest, dtype=X.dtype, device=X.device)[:, None, None]
 
 
+def matmul_rounding() -> float:
+    """Relative error of the factors of float32 products, as torch has been told to compute them (TF32 or bfloat16)."""
+    return {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+
+
 def unit_scale(X: Tensor) -> Tensor:
     """``X`` [B, m, n] divided by its largest absolute entry, matrix by matrix; 0 stays 0.
 

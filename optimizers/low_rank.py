@@ -72,16 +72,20 @@ def column_energy(X: Tensor) -> Tensor:
 
 
 def residual_energy(
-    G: Tensor, U: Tensor, sigma: Tensor, rounding: float, kept: float = 1.0, orthonormal: bool = True
+    G: Tensor, U: Tensor, sigma: Tensor, rounding: float, orthonormal: bool = True, kept: float = 1.0
 ) -> Tensor:
     """||g_j - kept U sigma_j||^2 for each column: [B, n], without forming the difference.
 
-    It is ||g_j||^2 - (2 kept - kept^2) ||sigma_j||^2 if U is orthonormal. Where that is below ``rounding`` times
-    ||g_j||^2, nothing is known of it but that it is small: this least value stands for it, as one at or below 0 would be
-    divided by (a U kept in bfloat16 is orthonormal to three digits only).
+    It is ||g_j||^2 - (2 kept - kept^2) ||sigma_j||^2 if U is ``orthonormal``, else it takes U^T U. Where that is below
+    ``rounding`` times ||g_j||^2, nothing is known of it but that it is small: this least value stands for it, as one at or
+    below 0 would be divided by.
     """
     whole, projected = column_energy(G), column_energy(sigma)
-    inside = projected if orthonormal else (sigma * (U.mT @ U @ sigma)).sum(-2)
+    if orthonormal:
+        inside = projected
+    else:
+        U = U.to(sigma.dtype)
+        inside = (sigma * (U.mT @ U @ sigma)).sum(-2)
     return (whole - 2 * kept * projected + kept**2 * inside).maximum(rounding * whole)
 
 

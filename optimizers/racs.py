@@ -83,7 +83,8 @@ class RACS(MatrixOptimizer):
         q = state["q"].mul_(beta).add_(q, alpha=1 - beta)  # line 7
         rows, columns = q.clamp_min(eps).rsqrt().unsqueeze(-1), s.clamp_min(eps).rsqrt().unsqueeze(-2)  # line 8
         # ||Diag(q)^(-1/2) G Diag(s)^(-1/2)||^2 = (1/q)^T G^2 (1/s)
-        norm = (rows.square().mT @ (P @ (columns * c).square().mT)).sqrt().flatten()
+        inverse_s = (columns * c).square().clamp(max=torch.finfo(P.dtype).max)  # of G / c; a zero column times it is 0
+        norm = (rows.square().mT @ (P @ inverse_s.mT)).sqrt().flatten()
         eta, state["phi"] = growth_limit(norm, state["phi"], group["limiter"])  # lines 9 and 10
         return Factored(G=G, rows=rows, columns=columns).times(eta)
 

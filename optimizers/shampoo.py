@@ -42,6 +42,7 @@ class Shampoo(MatrixOptimizer):
     """
 
     full_precision = frozenset({"L", "R", "L_root", "R_root"})
+    compilable = False
 
     def __init__(
         self,

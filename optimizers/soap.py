@@ -53,6 +53,7 @@ class SOAP(MatrixOptimizer):
     """
 
     full_precision = frozenset({"L", "R"})
+    compilable = False
 
     def __init__(
         self,

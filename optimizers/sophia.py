@@ -36,6 +36,7 @@ class Sophia(MatrixOptimizer):
     """
 
     orient = False
+    bounds = False  # no square of G is kept, and a limit would change the weights of an average
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 page("results/benchmarks")      the whole page as Markdown
 optimizer_table(record)         a table of one record, as the command prints it too
+solver_tables(record)           title -> table, likewise
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ PLACES = (
 )
 
 
-def load(path: Path) -> dict[str, Any]:
-    """One record.
+def load(path: Path, lines: str = "contestants") -> dict[str, Any]:
+    """One record, whose lines are called ``lines``.
 
     Raises:
         ValueError: the file is something else, or of another version.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT and isinstance(record["contestants"], list) and record["settings"]["model"]
+        wanted = "model" if lines == "contestants" else "device"
+        known = record["format"] == FORMAT and isinstance(record[lines], list) and record["settings"][wanted]
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
@@ -65,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def page(folder: str | Path) -> str:
-    """The page of the records in ``folder``: optimizers_*.json and training_*.json."""
+    """The page of the records in ``folder``: optimizers_*.json, training_*.json and solvers_*.json."""
     folder = Path(folder)
     found = {
         path.name: load(path)
@@ -90,7 +92,7 @@ def page(folder: str | Path) -> str:
             table = optimizer_table(record) if what == "optimizers" else training_table(record)
             parts += [f"### {s['model']}, {_device(s['device'])}, {_precision(s)}", _made(name, record), table]
             parts += [_remarks(record)] if what == "optimizers" else _unfair(record)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_solver_section(folder)]) + "\n"
 
 
 _OPTIMIZERS = (
@@ -299,6 +301,60 @@ _TASKS = {
     "complement": "r - l columns of the complement of U [m, r]",
 }
 _REFRESH = "What a refresh of Alice consists of"
+_ABOUT_SOLVERS = (
+    "One matrix [m, n] of a model's MLP and its rank r, in float32, low rank plus noise: alone (B = 1), and in a batch, called "
+    "as a batch or one after the other; on the CPU a batch of more than 1,024 rows is 2 matrices, without their SVD. Unlike "
+    "the other records this one is put together from runs of a shape each, so only lines of one shape can be compared. "
+    "Medians, and in brackets how many calls they are of: at least 5, after one that does not count; fewer, with the first, "
+    "where 5 take more than 2 seconds. Bold: what a step with optimizers/linalg.py runs on this device. *Orthogonality*: "
+    "largest entry of X^T X - I. *Residual*, relative to the largest entry of what was decomposed: QR, H - X X^T H; "
+    "eigenvectors, A x - x (x^T A x); complement, U^T X. All in float64, for the first matrix. *Ill-conditioned*: for an H "
+    "with singular values from 1 to 1e-6; the condition of the other one is in the last table."
+)
+# Why what is faster somewhere is not in use. Solvers first, then ways to call the one in use.
+_CHOLESKY = "finds no factor for H = 0"
+_REASONS = {
+    "cholesky": f"float32 does not hold the condition of H^T H, 1e12 where that of H is 1e6 (last columns), and it {_CHOLESKY}",
+    "cholesky_twice": f"its first factor is that of H^T H, with the square of the condition (last columns); it {_CHOLESKY}",
+    "cholesky_twice_fp64": _CHOLESKY,
+    "svd": "not examined yet",
+    "complete_qr": "forms m columns to keep r - l of them: more memory",
+    "batched": "here a step holds one matrix at a time (`BATCHED_DEVICES`)",
+    "looped": "here a step calls solvers with the whole stack: not examined yet",
+    "on the CPU": "makes the host wait for the device: not examined yet",
+}
+DIFFERENT = 0.95  # a ratio below counts as faster
+
+
+def _solver_section(folder: Path) -> list[str]:
+    parts = ["## Solvers of a refresh", _ABOUT_SOLVERS]
+    for device in ("cpu", "cuda"):
+        path = folder / f"solvers_{device}.json"
+        parts.append(f"### {_device(device)}, fp32")
+        if not path.is_file():
+            parts.append(f"{NOT_RUN}: `python scripts/benchmark.py solvers --device {device}`".capitalize())
+            continue
+        record = load(path, "lines")
+        parts.append(_made(path.name, record))
+        for task, (title, table) in zip([*_TASKS, ""], solver_tables(record).items(), strict=True):
+            parts += [f"**{title}.**", table, *_not_taken([line for line in record["lines"] if line["task"] == task])]
+    return parts
+
+
+def _not_taken(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each solver, or way to call the one in use, that was faster than it for some shape."""
+    used = {(line["shape"], line["batch"]): line for line in lines if line["used"]}
+    ratios: dict[str, list[float]] = {}
+    for line in lines:
+        other = used[line["shape"], line["batch"]]
+        if line["ms"] is not None and line["ms"] < DIFFERENT * other["ms"]:
+            name = line["way"] if line["solver"] == other["solver"] else line["solver"]
+            ratios.setdefault(name, []).append(line["ms"] / other["ms"])
+    said = [
+        f"`{name}` ({min(found):.2f} to {max(found):.2f} of the time in {len(found)} rows): {_REASONS[name]}"
+        for name, found in ratios.items()
+    ]
+    return [f"Faster by more than 5 % somewhere, and not in use: {'; '.join(said)}."] if said else []
 
 
 def solver_tables(record: Mapping[str, Any]) -> dict[str, str]:
@@ -340,6 +396,7 @@ def _refresh_table(lines: Sequence[Mapping[str, Any]]) -> str:
         parts = line["parts_ms"]
         whole = sum(parts.values())
         cells = [f"{_ms(ms)} ({100 * ms / whole:.0f} %)" for ms in parts.values()]
-        rows.append([line["shape"], f"{_ms(line['ms'])} ({len(line['samples_ms'])})", *cells])
-    head = ["Shape", "Refresh, ms", "Products with Q", "QR", "Ritz eigenvectors", "Switch", "Rest"]
+        ms, condition = f"{_ms(line['ms'])} ({len(line['samples_ms'])})", f"{line['condition']:,.0f}"
+        rows.append([line["shape"], ms, *cells, condition])
+    head = ["Shape", "Refresh, ms", "Products with Q", "QR", "Ritz eigenvectors", "Switch", "Rest", "Condition of H"]
     return markdown(head, rows)

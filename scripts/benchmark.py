@@ -12,11 +12,13 @@ The machine must have nothing else to do. `make tables` then writes results/benc
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -89,14 +91,9 @@ def run_all(device: str | None) -> int:
     return worst
 
 
-def module(name: str):
-    if name == "optimizers":
-        from benchmarking import optimizers as found
-    elif name == "solvers":
-        from benchmarking import solvers as found
-    else:
-        from benchmarking import training as found
-    return found
+def module(name: str) -> ModuleType:
+    """The room's module of that benchmark, imported only now."""
+    return importlib.import_module(f"benchmarking.{name}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_energy_of_a_residual_that_is_not_formed(orthonormal, kept):
         U = torch.linalg.qr(U).Q
     sigma = U.mT @ G
     formed = (G - kept * U @ sigma).square().sum(-2)
-    torch.testing.assert_close(residual_energy(G, U, sigma, 1e-15, kept, orthonormal), formed)
+    torch.testing.assert_close(residual_energy(G, U, sigma, 1e-15, orthonormal, kept), formed)
 
 
 def test_columns_inside_a_rounded_basis_are_not_blown_up():
@@ -222,3 +222,82 @@ def test_a_copy_goes_on_like_the_original():
     copied = copy.deepcopy(original)
     for a, b in zip(walk(original, 3), walk(copied, 3), strict=True):
         assert torch.equal(a, b)
+
+
+# What went wrong once ---------------------------------------------------------------------------------------------------
+
+
+def test_racs_survives_a_column_without_gradient_beside_large_ones():
+    p = nn.Parameter(torch.zeros(6, 10))
+    optimizer = RACS([p])
+    for scale in (1.0, 1e4, 1e6):
+        p.grad = scale * draw(6, 10, dtype=torch.float32)
+        p.grad[:, 3] = 0.0
+        optimizer.step()
+    assert p.isfinite().all() and optimizer.state[p]["phi"].isfinite()
+    assert (p[:, 3] == 0).all() and (p[:, 4] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 1, "scaling": "tensor", "scale": 128**0.5}], ids=["columns", "tensor"]
+)
+def test_apollo_stands_still_without_a_gradient(options):
+    p = nn.Parameter(torch.zeros(6, 10))
+    optimizer = Apollo([p], lr=4.0, **{"rank": 2, "limiter": 1.01, **options})
+    p.grad = draw(6, 10, dtype=torch.float32)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("compensation", ["optimal", "fira", "fira_plus"])
+@pytest.mark.parametrize("switching", ["gaussian", "gaussian_mix"])
+def test_bfloat16_products_with_gaussian_bases(switching, compensation):
+    options = {"rank": 4, "leading": 2, "switching": switching, "compensation": compensation}
+    for p in walk(Alice(parameters(), lr=1e-3, products="bfloat16", **options), 3):
+        assert p.isfinite().all()
+
+
+def test_states_saved_before_an_option_existed_can_be_loaded():
+    optimizer = Alice(parameters(), rank=4, leading=2)
+    walk(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["products"]
+    loaded = Alice([nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]], rank=4, leading=2)
+    loaded.load_state_dict(saved)
+    for a, b in zip(walk(loaded, 3), walk(optimizer, 3), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loading_before_the_first_step_makes_no_states():
+    optimizer = Muon(parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.state
+
+
+def test_the_energy_beside_a_basis_kept_in_bfloat16_is_that_of_the_residual():
+    """Not of ||g||^2 - ||sigma||^2, which is wrong by more than what is left here."""
+    U = torch.linalg.qr(draw(64, 8)).Q.to(torch.bfloat16)
+    outside = draw(64, 100, seed=2).float()
+    outside = outside - torch.linalg.qr(U.float()).Q @ (torch.linalg.qr(U.float()).Q.mT @ outside)
+    G = (U.float() @ draw(8, 100, seed=1).float() + 0.02 * outside).bfloat16()
+    p = nn.Parameter(torch.zeros(64, 100, dtype=torch.bfloat16))
+    optimizer = Alice([p], rank=8, leading=3, update_interval=100, betas=(0.0, 0.9, 0.9))
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.state[p]["U"].copy_(U)
+    p.grad = G
+    optimizer.step()
+    residual = G.double() - U.double() @ (U.double().mT @ G.double())
+    torch.testing.assert_close(optimizer.state[p]["p"].double(), residual.square().sum(0), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("name", ["apollo", "lamb", "shampoo", "soap"])
+def test_what_changes_with_the_step_is_not_compiled(name):
+    build, preset = METHODS[name]
+    takes = inspect.signature(build).parameters
+    optimizer = build(parameters(), **{**preset, **({"rank": 2} if "rank" in takes else {})})
+    with pytest.raises(ValueError, match="leave its compilation out"):
+        optimizer.compile()

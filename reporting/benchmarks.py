@@ -170,6 +170,7 @@ def _made(name: str, record: Mapping[str, Any]) -> str:
             f"({', '.join(f'{count} of {shape}' for shape, count in s['matrices'].items())}), rank {s['rank']}, "
             f"{s['repeats']} rounds. A copy moves {s['copy_bytes_per_second'] / 1e9:.1f} GB/s, a scaling in place "
             f"{s['bytes_per_second'] / 1e9:.1f}, read and written."
+            + (" glibc keeps freed memory, as train.py asks it to." if s.get("keeps_freed_memory") else "")
         )
     elif "tokens_per_step" in s:
         text += f" {s['tokens_per_step']:,} tokens a step, {s['rounds']} rounds of {s['steps']} steps."

@@ -237,11 +237,11 @@ class Alice(MatrixOptimizer):
         if group["products"] == "bfloat16":
             U = U.bfloat16()
 
-        sigma = product(U.mT, G.to(U.dtype)).to(state["m"].dtype)  # line 11
+        sigma = product(U.mT, G.to(U.dtype))  # line 11
         if group["tracking"]:
-            beta3 = group["betas"][2]
-            state["Q"] = torch.baddbmm(state["Q"], sigma, sigma.mT, beta=beta3, alpha=1 - beta3)  # line 12
-        m = state["m"].mul_(beta1).add_(sigma, alpha=1 - beta1)  # line 13
+            state["Q"].lerp_(product(sigma, sigma.mT).to(state["Q"].dtype), 1 - group["betas"][2])  # line 12
+        sigma = sigma.to(state["m"].dtype)
+        m = state["m"].lerp_(sigma, 1 - beta1)  # line 13
         v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)  # line 14
         omega = m / v.sqrt().add_(group["eps"])  # line 15
         return self.compose(G, U, sigma, omega, state, group, ctx)  # lines 16 and 17

@@ -401,25 +401,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return {"step": 0, **state}
 
     def _gather(self, params: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        first = self.state[params[0]]
-        names = [name for name in first if name != "step" and not name.endswith("_absmax")]
+        names = [name for name in self.state[params[0]] if name != "step" and not name.endswith("_absmax")]
         return {name: stack([self._load(p, name) for p in params], dtype) for name in names}
 
     def _load(self, p: Tensor, name: str) -> Tensor:
         state = self.state[p]
-        if f"{name}_absmax" in state:
+        if name in self.moments and f"{name}_absmax" in state:
             return dequantize(state[name], state[f"{name}_absmax"], self.moments[name])
         return state[name]
 
     def _scatter(self, params: list[Tensor], state: dict[str, Tensor]) -> None:
         for name, batch in state.items():
+            if len(params) == 1 and batch.data_ptr() == self.state[params[0]][name].data_ptr():
+                continue  # a lone matrix is gathered as a view
             for p, value in zip(params, batch.unbind(0), strict=True):
                 states = self.state[p]
-                if f"{name}_absmax" in states:
+                if name in self.moments and f"{name}_absmax" in states:
                     codes, absmax = quantize(value, self.moments[name])
                     states[name].copy_(codes)
                     states[f"{name}_absmax"].copy_(absmax)
-                elif states[name].data_ptr() != value.data_ptr():  # a lone matrix is gathered as a view
+                else:
                     states[name].copy_(value)
 
     def _adam_step(self, group: dict[str, Any]) -> None:
@@ -500,13 +501,12 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
     """
     first, compute = params[0], compute_dtype(params[0])
     if isinstance(D, Factored):
-        D = D.times(factor)
         if len(params) == 1 and first.dtype == compute and D.dtypes == {compute}:
             if decay is not None:
                 first.sub_(first * decay)  # not by 1 - decay, which is rounded
-            D.subtract_from(first.unsqueeze(0))
+            D.subtract_from(first.unsqueeze(0), factor)
             return
-        D, factor = D.dense(turned=first.stride(-2) == 1), 1.0
+        D, factor = D.times(factor).dense(turned=first.stride(-2) == 1), 1.0
     if isinstance(factor, Tensor):
         D, factor = D.to(compute) * factor, 1.0
     for p, d in zip(params, D.unbind(0), strict=True):
@@ -555,4 +555,7 @@ def stored_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
 
 def stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """[B, ...] in ``dtype``; a view of the tensor itself where there is one and its dtype is right."""
-    return tensors[0].to(dtype).unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors).to(dtype)
+    if len(tensors) > 1:
+        return torch.stack(tensors).to(dtype)
+    alone = tensors[0]
+    return (alone if alone.dtype == dtype else alone.to(dtype)).unsqueeze(0)

@@ -57,13 +57,15 @@ class Factored:
             return scaled.add_(product(R.mT, U.mT).mT if turned else product(U, R))
         return scaled[0].addmm_(U[0], R[0]).unsqueeze(0) if len(U) == 1 else scaled.baddbmm_(U, R)
 
-    def subtract_from(self, W: Tensor) -> None:
-        """W -= this, in place; no tensor of that size comes in between, but for ``rows``. All of W's dtype."""
+    def subtract_from(self, W: Tensor, factor: float | Tensor = 1.0) -> None:
+        """W -= factor times this, in place; no tensor of that size comes in between, but for ``rows``. All of W's dtype."""
+        if isinstance(factor, Tensor):
+            return self.times(factor).subtract_from(W)
         if self.U is not None and self.R is not None:
-            W[0].addmm_(self.U[0], self.R[0], alpha=-1)  # faster than a stack of one
+            W[0].addmm_(self.U[0], self.R[0], alpha=-factor)  # faster than a stack of one
         if self.G is not None:
             G = self.G if self.rows is None else self.G * self.rows
             if self.columns is None:
-                W.sub_(G)
+                W.sub_(G, alpha=factor)
             else:
-                W.addcmul_(G, self.columns, value=-1)
+                W.addcmul_(G, self.columns, value=-factor)

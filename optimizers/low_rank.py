@@ -82,11 +82,11 @@ def residual_energy(
     """
     whole, projected = column_energy(G), column_energy(sigma)
     if orthonormal:
-        inside = projected
+        rest = whole - (2 * kept - kept**2) * projected
     else:
         U = U.to(sigma.dtype)
-        inside = (sigma * (U.mT @ U @ sigma)).sum(-2)
-    return (whole - 2 * kept * projected + kept**2 * inside).maximum(rounding * whole)
+        rest = whole - 2 * kept * projected + kept**2 * (sigma * (U.mT @ U @ sigma)).sum(-2)
+    return rest.maximum(rounding * whole)
 
 
 def with_residual(U: Tensor, inner: Tensor, G: Tensor, sigma: Tensor, columns: Tensor, kept: float = 1.0) -> Factored:
@@ -95,7 +95,7 @@ def with_residual(U: Tensor, inner: Tensor, G: Tensor, sigma: Tensor, columns: T
     Args:
         columns: [B, 1, n].
     """
-    return Factored(U=U, R=inner - kept * columns * sigma, G=G, columns=columns)
+    return Factored(U=U, R=torch.addcmul(inner, columns, sigma, value=-kept), G=G, columns=columns)
 
 
 def optimal_compensation(
@@ -120,7 +120,7 @@ def optimal_compensation(
     Returns:
         c [B, 1, n], p and phi.
     """
-    p = beta * p + (1 - beta) * energy
+    p = p.lerp(energy, 1 - beta)
     D = math.sqrt(dimension) / p.clamp_min(0).sqrt().add_(eps)
     eta, phi = growth_limit((residual * D.square()).sum(-1).sqrt(), phi, gamma)
     return D.unsqueeze(-2) * eta, p, phi

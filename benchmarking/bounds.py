@@ -144,14 +144,17 @@ class Machine:
         out = A @ B
         return fastest(lambda: torch.matmul(A, B, out=out), self.device) / batch
 
-    def bound(self, method: str, shapes: Counter[tuple[int, int]], rank: int) -> dict[str, float]:
-        """The least milliseconds of an ordinary step of ``method`` on matrices: shape -> how many, and what they come from."""
+    def bound(self, method: str, shapes: Counter[tuple[int, int]], rank: int, low: bool = False) -> dict[str, float]:
+        """The least milliseconds of an ordinary step of ``method`` on matrices: shape -> how many, and what they come from.
+
+        ``low``: all its products are of bfloat16 numbers.
+        """
         moved = operations = seconds = 0.0
         for shape, count in shapes.items():
             work = WORK[method](min(shape), max(shape), rank)
             moved += count * (work.numbers * self.dtype.itemsize + work.float32 * 4)
             for product in work.products:
-                dtype = torch.bfloat16 if product.bfloat16 else self.dtype
+                dtype = torch.bfloat16 if low or product.bfloat16 else self.dtype
                 one = self.seconds(product.rows, product.inner, product.columns, dtype, count)
                 seconds += count * product.count * one
                 operations += count * product.operations

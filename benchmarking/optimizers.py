@@ -262,8 +262,7 @@ def measure(
     for title, contestants in groups.items():
         began = time.monotonic()
         runners = measure_group(contestants, weights, gradients, rank, repeats, refreshes)
-        bounds = {c.method: machine.bound(c.method, counted, rank) for c in contestants}
-        lines += [describe(title, c, runners, bounds[c.method]) for c in contestants]
+        lines += [describe(title, c, runners, machine.bound(c.method, counted, rank, c.low)) for c in contestants]
         del runners
         tidy()
         if any(G._version for G in gradients):  # nobody after it would have had the same ones

@@ -82,6 +82,7 @@ class Contestant:
         rivals: names of the packages' optimizers that ours is compared with.
         module, package: what is imported, and what pip calls it.
         differs: how a package's algorithm differs from ours under the same name.
+        low: its products are of bfloat16 numbers, whatever the dtype of the parameters.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Contestant:
     module: str = "torch"
     package: str = "torch"
     differs: str = ""
+    low: bool = False
 
     @property
     def installed(self) -> bool:
@@ -140,7 +142,7 @@ def compiled(config: str, *rivals: str) -> Contestant:
 def low_products(config: str, *rivals: str, label: str = "", **options: Any) -> Contestant:
     """The same, with products of bfloat16 numbers."""
     words = f"{label}, bfloat16 products" if label else "bfloat16 products"
-    return ours(config, rivals, words, products="bfloat16", **options)
+    return replace(ours(config, rivals, words, products="bfloat16", **options), low=True)
 
 
 # Other people's -------------------------------------------------------------------------------------------------------

@@ -213,12 +213,16 @@ def optimizer_table(record: Mapping[str, Any]) -> str:
                 _ratios(line["refresh_to_rivals"]),
                 str(line["interval"] or "–"),
                 _ms(line["amortised_ms"]),
-                _ms(line["bound_ms"]),
-                f"{100 * line['fraction']:.0f} %",
+                *_bound(line),
                 _memory(line, record["settings"]["memory_limit_bytes"]),
             ]
         )
     return markdown(_COLUMNS, rows)
+
+
+def _bound(line: Mapping[str, Any]) -> list[str]:
+    """The bound and its part of the step. Above the step it is another product's: of an older record's low products."""
+    return [_ms(line["bound_ms"]), f"{100 * line['fraction']:.0f} %"] if line["fraction"] <= 1 else ["–", "–"]
 
 
 def _ratios(ratios: Mapping[str, float]) -> str:

@@ -27,7 +27,7 @@ help:
 	@echo 'make test      prove the parts                                           about 9 minutes on 2 CPU cores'
 	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 2 hours on 2 CPU cores'
 	@echo 'make survey    every method at four pairs of rates, 100 steps each       about 2 hours on 2 CPU cores'
-	@echo 'make bench     speed of ours beside other packages: steps, training      about 15 minutes'
+	@echo 'make bench     speed of ours beside other packages: steps, training      15 minutes or more'
 	@echo 'make tables    every table and figure of the paper again, from records   1 minute'
 	@echo 'make fisher    how well each structure fits real gradients               about 7 minutes on 2 CPU cores'
 	@echo 'make setup     only the installation that the others begin with          2 to 10 minutes, once'

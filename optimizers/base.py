@@ -471,7 +471,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         self.state[p]["step"] = self.state[p]["step"].to(p.device)
                 continue
             for name, value in self.defaults.items():
-                group.setdefault(name, value)  # an option that is younger than what was saved
+                if name != "differentiable":  # which torch adds to the defaults when it loads, and to no group
+                    group.setdefault(name, value)  # an option that is younger than what was saved
             for p in group["params"]:
                 if p in self.state and self._is_turned(p, group):
                     states = self.state[p]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 
 from benchmarking import loops, training
 from data import load_tokenizer
@@ -50,6 +50,7 @@ def play(tmp_path, shared, contestant):
     AcceleratorState._reset_state(True)  # one for the process, which a contestant has to itself
     loops.serve(spec, lambda: next(turns, None), sent.append)
     AcceleratorState._reset_state(True)
+    GradientState._reset_state()  # or later optimizers that accelerate wraps would not step
     return sent
 
 

@@ -501,6 +501,8 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
     small update than a second pass costs.
     """
     first, compute = params[0], compute_dtype(params[0])
+    if isinstance(factor, float) and factor > torch.finfo(compute).max:
+        factor = math.inf  # as it is for a tensor; torch would raise
     if isinstance(D, Factored):
         if len(params) == 1 and first.dtype == compute and D.dtypes == {compute}:
             if decay is not None:

@@ -44,16 +44,16 @@ def version(package: str) -> str | None:
         return None
 
 
-def command(words: Sequence[str]) -> str:
-    """The command without the folders of this machine."""
+def command(words: Sequence[str], script: str = "scripts/benchmark.py", places: Sequence[str] = PLACES) -> str:
+    """The command without the folders of this machine, which are in the options ``places``."""
     kept: list[str] = []
     for word in words:
         name, sign, value = word.partition("=")
-        if sign and name in PLACES:
+        if sign and name in places:
             kept.append(f"{name}={Path(value).name}")
         else:
-            kept.append(Path(word).name if kept and kept[-1] in PLACES else word)
-    return shlex.join(["python", "scripts/benchmark.py", *kept])
+            kept.append(Path(word).name if kept and kept[-1] in places else word)
+    return shlex.join(["python", script, *kept])
 
 
 def refuse_to_lose(out: Path, names: Iterable[str], lines: str = "contestants") -> None:

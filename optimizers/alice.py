@@ -10,7 +10,6 @@ from .factored import Factored
 from .limiter import growth_limit
 from .linalg import (
     align_signs,
-    largest_entry,
     or_previous,
     product,
     subspace_iteration,
@@ -25,8 +24,11 @@ from .low_rank import (
     column_energy,
     draw_gaussian,
     fira_scaling,
+    is_rounded,
+    matching,
     optimal_compensation,
     residual_energy,
+    rounding,
     switch,
     unit_gaussian,
     with_residual,
@@ -285,24 +287,3 @@ class Alice(MatrixOptimizer):
             eta, state["phi"] = growth_limit(norm, state["phi"], gamma)
             return with_residual(U, omega, G, sigma, s * eta)
         return with_residual(U, omega, G, sigma, alpha_c * s * matching(G, U, sigma, omega, s, accuracy))
-
-
-def matching(G: Tensor, U: Tensor, sigma: Tensor, omega: Tensor, s: Tensor, accuracy: tuple[float, bool]) -> Tensor:
-    """Fira+ (F.7): ||U omega|| / ||(G - U sigma) Diag(s)||, [B, 1, 1]; 0 if nothing is left of the gradient."""
-    c = largest_entry(G).clamp_min(torch.finfo(G.dtype).tiny)  # without it, squares of 1e-20 leave float32
-    residual = residual_energy(G / c, U, sigma / c, *accuracy)
-    low_rank = (U.to(omega.dtype) @ omega).flatten(1).norm(dim=1)
-    norm = (residual * s.square().squeeze(-2)).sum(-1).sqrt()
-    return (low_rank / norm.where(norm > 0, float("inf")))[:, None, None] / c
-
-
-def rounding(U: Tensor, ctx: Context) -> float:
-    """What part of ||g||^2 the difference ||g||^2 - ||sigma||^2 may be wrong by, as products are computed."""
-    # of bfloat16 numbers a quarter of their resolution: measured 0.0006 at most for U [512, 128] and random gradients
-    own = torch.finfo(U.dtype).eps / (4 if U.dtype == torch.bfloat16 else 1)
-    return max(own, ctx.rounding) if U.dtype == torch.float32 else own
-
-
-def is_rounded(U: Tensor, ctx: Context) -> bool:
-    """Is ``U`` kept in a dtype narrower than the one computed in, in which it is orthonormal to three digits only?"""
-    return ctx.stored is not None and torch.finfo(ctx.stored).eps > torch.finfo(U.dtype).eps

@@ -9,7 +9,6 @@ from .alice import PARTS_OFF, Alice
 from .base import Context, MatrixOptimizer, check, last_update_time
 from .factored import Factored
 from .limiter import growth_limit
-from .linalg import largest_entry
 from .low_rank import column_energy, draw_gaussian
 
 
@@ -139,7 +138,7 @@ class Apollo(Alice):
         ctx: Context,
     ) -> Factored:
         """eta G Diag(s), with norms of G / c, whose squares float32 can hold."""
-        c = (largest_entry(G) if ctx.largest is None else ctx.largest).clamp_min(torch.finfo(sigma.dtype).tiny)
+        c = ctx.scale_of(G)
         whole, in_space, projected = column_energy(G * (1 / c)), column_energy(omega), column_energy(sigma * (1 / c))
         if group["scaling"] == "tensor":
             whole, in_space, projected = (x.sum(-1, keepdim=True) for x in (whole, in_space, projected))

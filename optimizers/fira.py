@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .alice import PARTS_OFF, Alice, is_rounded, rounding
+from .alice import PARTS_OFF, Alice
 from .base import Context, MatrixOptimizer, check
 from .factored import Factored
 from .limiter import growth_limit
-from .low_rank import fira_scaling, residual_energy, with_residual
+from .low_rank import fira_scaling, is_rounded, residual_energy, rounding, with_residual
 
 
 class Fira(Alice):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .base import Context, MatrixOptimizer, check
 from .factored import Factored
 from .limiter import growth_limit
-from .linalg import each, largest_entry
+from .linalg import each
 
 
 class RACS(MatrixOptimizer):
@@ -75,7 +75,7 @@ class RACS(MatrixOptimizer):
         """Lines 5 to 10 of Algorithm 1."""
         beta, eps = group["beta"], group["eps"]
         # s is of the second order in G, ||s||^2 of the fourth: unscaled, gradients below 1e-10 would leave float32.
-        c = (largest_entry(G) if ctx.largest is None else ctx.largest).clamp_min(torch.finfo(G.dtype).tiny)
+        c = ctx.scale_of(G)
         P = (G * (1 / c)).square_()
 
         s, q = each(fixed_point, P, group["iterations"], eps)  # line 5, s for G / c

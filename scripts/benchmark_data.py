@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarking import record  # noqa: E402
 from data import Tokenizer, TrainingBatches, UserError, load_tokenizer, open_source  # noqa: E402
 from pretraining.record import environment, replace_text  # noqa: E402
 
@@ -129,15 +129,7 @@ def table(cases: Sequence[Case], speed: float) -> str:
 
 
 def command(words: Sequence[str]) -> str:
-    """The command without the folders of this machine."""
-    kept: list[str] = []
-    for word in words:
-        name, sign, value = word.partition("=")
-        if sign and name in PLACES:
-            kept.append(f"{name}={Path(value).name}")
-        else:
-            kept.append(Path(word).name if kept and kept[-1] in PLACES else word)
-    return shlex.join(["python", "scripts/benchmark_data.py", *kept])
+    return record.command(words, "scripts/benchmark_data.py", PLACES)
 
 
 def numbers(text: str) -> list[int]:

@@ -20,6 +20,7 @@ from torch.optim.adam import adam as functional_adam
 from .factored import Factored
 from .linalg import bounded, largest_entry, matmul_rounding
 from .quantization import dequantize, new_codes, quantize
+from .sharding import Owners, is_sharded, local, parameter_names, shard, sharded_dim
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
@@ -120,6 +121,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # of the class, as torch's optimizers copy and pickle nothing but groups and states
     _estimates: Mapping[Tensor, Tensor] = MappingProxyType({})
     _compiled: Callable[..., None] | None = None
+    owners: Owners | None = None  # of matrices that ranks have divided among themselves, see sharding.py
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -219,6 +221,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _check_matrices(self, group: dict[str, Any]) -> None:
         self.check_group(group)
+        if any(map(is_sharded, group["params"])):
+            shard(self)
         for name, p in zip(self._names(group), group["params"], strict=True):
             if p.ndim != 2:
                 raise ValueError(
@@ -227,18 +231,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 )
             if not p.is_floating_point():
                 raise ValueError(f"{name} has dtype {p.dtype}; freeze it or convert it to a floating-point dtype")
+            if is_sharded(p):
+                sharded_dim(p)
             self.check_matrix(name, self._oriented(p, group), group)
 
     def _names(self, group: dict[str, Any]) -> list[str]:
-        """Parameter names, or positions in the whole optimizer where there are none."""
-        if "param_names" in group:
-            return group["param_names"]
-        first = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            first += len(other["params"])
-        return [f"parameter {first + i}" for i in range(len(group["params"]))]
+        return parameter_names(self.param_groups, group)
 
     def _is_turned(self, p: Tensor, group: dict[str, Any]) -> bool:
         rows, columns = p.shape
@@ -272,7 +270,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The estimate of curvature that the next ``step`` needs: the group's ``estimator`` at its update times."""
         for group in self.param_groups:
             if "estimator" in group:
-                steps = {1 + self.state[p]["step"] if self.state.get(p) else 1 for p in group["params"]}
+                kept = [p for p in group["params"] if self.owners is None or self.owners.keeps(p)]
+                steps = {1 + self.state[p]["step"] if self.state.get(p) else 1 for p in kept}
                 if any(is_update_time(t, group["update_interval"], group["update_times"]) for t in steps):
                     return group["estimator"]
         return None
@@ -296,10 +295,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Otherwise it would be step 1, whose gradient decides the first basis. The host looks at the gradients
         only while there is no state and every rate is 0.
         """
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if (self.state and not self.owners) or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params or any(p.grad.any() for p, _ in params):
+        begun = bool(self.state) or any(local(p.grad).any() for p, _ in params)
+        if self.owners:  # a rank may own nothing, or have zeros only
+            begun = self.owners.anywhere(begun)
+        if begun:
             return False
         for p, group in params:
             self._init(p, group)
@@ -440,12 +442,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             states = [self.state[p] for p in some]
             # torch's kernels want one dtype; where moments are kept in another, wide copies are updated.
             wide = torch.promote_types(dtype, states[0]["exp_avg"].dtype)
-            stored = [*some, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states)]
+            stored = [local(x) for x in (*some, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))]
             working = [x.to(wide) for x in stored]
             n = len(some)
             functional_adam(
                 working[:n],
-                [p.grad.to(wide) for p in some],
+                [local(p.grad).to(wide) for p in some],
                 working[n : 2 * n],
                 working[2 * n :],
                 [],

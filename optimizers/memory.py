@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .base import MatrixOptimizer
 from .combined import Combined
+from .sharding import local
 
 CONVENTIONS = ("exact", "paper")
 
@@ -197,9 +198,14 @@ _LIBRARY: dict[str, Callable[[Tensor, dict[str, Any]], int]] = {
 }
 
 
-def measured_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the states that exist now; what several parameters share counts once."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+def measured_state_bytes(optimizer: torch.optim.Optimizer, of: Callable[[Tensor], bool] = lambda p: True) -> int:
+    """Bytes of the states that exist now on this rank; what several parameters share counts once.
+
+    Args:
+        of: whether the states of a parameter count.
+    """
+    states = [state for p, state in optimizer.state.items() if of(p)]
+    tensors = [local(v) for state in states for v in state.values() if isinstance(v, Tensor)]
     return sum({v.data_ptr() or id(v): v.nbytes for v in tensors}.values())
 
 

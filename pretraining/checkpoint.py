@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import UserError
+from optimizers.sharding import is_sharded, local
 
 from .record import read_regular
 from .throughput import Meters
@@ -68,8 +69,9 @@ def save(
     tensors, numbers = optimizer_state(model, optimizer)
     tensors |= {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= _random_states()
-    kinds = {name: _kind(x.dtype, x.shape) for name, x in sorted(tensors.items()) if not name.startswith("random/cuda")}
-    state = {"step": step, "numbers": numbers, "tensors": kinds, **meta}
+    kinds = {name: _kind(x.dtype, x.shape) for name, x in tensors.items() if not name.startswith("random/cuda")}
+    kinds, numbers = _merged(kinds), _merged(numbers)  # each rank has the states of its own matrices
+    state = {"step": step, "numbers": numbers, "tensors": dict(sorted(kinds.items())), **meta}
     device = next(model.parameters()).device
 
     def write() -> None:
@@ -117,7 +119,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options
         UserError: not a checkpoint, a damaged one, or one of another model or optimizer; nothing has been changed then.
     """
     _on_main(lambda: verify(path), next(model.parameters()).device)
-    tensors, meta = _read(path)
+    tensors, meta = _read(path, _Layout(model, optimizer))
     try:
         _check_options(path, meta["optimizer"], options)
         numbers = meta.pop("numbers")
@@ -191,10 +193,31 @@ def set_aside_later(folder: Path, step: int) -> None:
 def load_model(path: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights in place, and nothing else. Errors as in :func:`load`."""
     verify(path)
-    _put_weights(path, _read(path)[0], model)
+    _put_weights(path, _read(path, _Layout(model))[0], model)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+class _Layout:
+    """Which tensors of a checkpoint this rank wants, and where it keeps them."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.owners = getattr(optimizer, "owners", None)
+
+    def place(self, name: str, info: TensorStorageMetadata) -> Tensor | None:
+        """Memory for what is to be read; None for what belongs to other ranks."""
+        kind, _, rest = name.partition("/")
+        if name.startswith("random/cuda/") and name != f"random/cuda/{_rank()}":
+            return None
+        p = self.parameters.get(rest if kind == "model" else rest.rpartition("/")[0])
+        if kind == "optimizer" and p is not None and self.owners and not self.owners.keeps(p):
+            return None
+        owned = kind == "optimizer" and self.owners is not None and any(p in team.owner for team in self.owners.teams)
+        if p is not None and is_sharded(p) and not owned and info.size == p.shape:
+            return torch.empty_like(p, dtype=info.properties.dtype, requires_grad=False)
+        return torch.empty(info.size, dtype=info.properties.dtype)
+
+
+def _read(path: Path, layout: _Layout) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta = _read_json(path)
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
@@ -206,7 +229,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         wrong = [name for name in wrong if not name.startswith("random/cuda")]  # as many as there were ranks
         if wrong:
             raise ValueError(f"{wrong[0]} is {kinds.get(wrong[0])} there, and {listed.get(wrong[0])} in {STATE}")
-        tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in infos.items()}
+        places = {name: layout.place(name, info) for name, info in infos.items()}
+        tensors = {name: x for name, x in places.items() if x is not None}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=reader)
@@ -294,9 +318,9 @@ def optimizer_state(
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                shared = value.untyped_storage().data_ptr() in stored  # safetensors keeps no two names of one tensor
-                tensors[f"optimizer/{name}/{key}"] = value.clone() if shared else value.contiguous()
-                stored.add(value.untyped_storage().data_ptr())
+                place = local(value).untyped_storage().data_ptr()  # safetensors keeps no two names of one tensor
+                tensors[f"optimizer/{name}/{key}"] = value.clone() if place in stored else value.contiguous()
+                stored.add(place)
             elif value is None or isinstance(value, (bool, int, float, str)):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -331,7 +355,9 @@ def load_optimizer_state(
     for i, group in enumerate(state_dict["param_groups"]):
         group.update(by_name.pop(f"group {i}", {}))
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    state_dict["state"] = {i: by_name[names[p]] for i, p in enumerate(ordered) if names[p] in by_name}
+    owners = getattr(optimizer, "owners", None)
+    kept = {i: names[p] for i, p in enumerate(ordered) if owners is None or owners.keeps(p)}
+    state_dict["state"] = {i: by_name[name] for i, name in kept.items() if name in by_name}
     optimizer.load_state_dict(state_dict)
 
 
@@ -477,6 +503,19 @@ class _OtherRank(Exception):
 
     def __init__(self) -> None:
         super().__init__("another rank says why")
+
+
+def _merged(own: dict[str, Any]) -> dict[str, Any]:
+    """The entries of all ranks, of which those that have the same key agree."""
+    if not dist.is_initialized():
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    merged = {key: value for part in parts for key, value in part.items()}
+    different = [key for part in parts for key in part if part[key] != merged[key]]
+    if different:
+        raise RuntimeError(f"ranks disagree on {different[0]}, so that no checkpoint can be right; report it, please")
+    return merged
 
 
 def _rank() -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data import IGNORE as IGNORE
 
-from .loss import last_hidden, real_targets, target_count, token_losses
+from .loss import PretrainingLoss, real_targets, target_count
 from .loss import row_losses as row_losses  # of whole logits, for those who have them
 
 
@@ -40,6 +40,7 @@ def evaluate(
     accelerator=None,
     autocast: AbstractContextManager | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    together: nn.Module | None = None,
 ) -> Evaluation | None:
     """The loss over all ``rows`` (ids, labels and perhaps position ids, [N, T] each), in evaluation mode.
 
@@ -49,7 +50,10 @@ def evaluate(
 
     Args:
         interrupted: asked before every batch, equally often on all ranks: whether to give up (the result is None then).
+        together: the model's PretrainingLoss, if its forward pass needs all ranks (sharded weights): one that has no rows
+            left takes part with a row that does not count.
     """
+    loss = together or PretrainingLoss(model)
     input_ids, labels, *positions = rows
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
@@ -64,11 +68,17 @@ def evaluate(
                 if interrupted():
                     return None
                 batch = slice(i, min(i + batch_size, mine.stop))
-                if batch.start < batch.stop:
-                    inputs = {"input_ids": input_ids[batch].to(device)}
-                    if positions:
-                        inputs["position_ids"] = positions[0][batch].to(device)
-                    sums[batch] = _row_sums(model, inputs, labels[batch]).double()
+                idle = batch.start >= batch.stop
+                if idle and together is None:
+                    continue
+                if idle:
+                    batch = slice(0, 1)
+                inputs = {"input_ids": input_ids[batch].to(device)}
+                if positions:
+                    inputs["position_ids"] = positions[0][batch].to(device)
+                found = _row_sums(loss, inputs, labels[batch]).double()
+                if not idle:
+                    sums[batch] = found
     finally:
         model.train(training)
     if accelerator and world > 1:
@@ -82,10 +92,10 @@ def evaluate(
     )
 
 
-def _row_sums(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+def _row_sums(loss: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Summed loss of each row, [b]: added up over all positions in one order, wherever targets and chunks lie."""
     places, targets = (x.to(inputs["input_ids"].device) for x in real_targets(labels))
-    losses = token_losses(*last_hidden(model, inputs, places), targets)
+    losses = loss(inputs, places, targets, each=True)
     return losses.new_zeros(labels.numel()).index_copy_(0, places, losses).view(labels.shape).sum(dim=1)
 
 

@@ -85,13 +85,16 @@ class PretrainingLoss(nn.Module):
         super().__init__()
         self.model, self.kind = model, kind
 
-    def forward(self, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], places: Tensor, targets: Tensor, each: bool = False) -> Tensor:
         """The summed loss of all targets, in float32 (float64 for a float64 model).
 
         Args:
             inputs: of the model: input_ids and perhaps position_ids, [b, T].
             places, targets: of :func:`real_targets`; there may be none, and all gradients are 0 then.
+            each: the loss of each target instead, [K], without gradients; for evaluation.
         """
+        if each:
+            return token_losses(*last_hidden(self.model, inputs, places), targets)
         if self.kind == "full":
             logits = self.model.lm_head(hidden_states(self.model, **inputs)).flatten(0, 1)  # type: ignore[operator]
             every = targets.new_full((len(logits),), IGNORE).index_copy_(0, places, targets)

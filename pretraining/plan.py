@@ -14,6 +14,7 @@ from optimizers.memory import state_bytes
 from .layerwise import check_layerwise
 from .loss import check_loss
 from .model import build_model, parameter_count
+from .parallel import check_parallel
 
 # Rows of one forward pass when trainer.micro_batch_size is auto. With trainer.loss=full the logits of 2^14 tokens with
 # 32,000 pieces take 2 GB in float32; on the CPU, more than the caches hold is slower, not faster.
@@ -49,6 +50,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     check_loss(cfg.trainer.loss, device)
     if cfg.trainer.layerwise:
         check_layerwise(cfg, micro_batch_rows(cfg, cfg.trainer.batch_size, device))
+    check_parallel(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     precision = choose_precision(cfg.trainer.precision, device)
     dtype = weight_dtype(precision)
     model = build_model(cfg.model, device="meta", dtype=dtype)

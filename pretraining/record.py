@@ -45,12 +45,15 @@ INDIFFERENT = (
     "trainer.loss",
     "trainer.max_skipped",
     "trainer.micro_batch_size",
+    "trainer.parallel",
     "trainer.on_nonfinite",  # a run that it has stopped may go on with the other choice
     "trainer.resume",
     "trainer.sample_prompt",
     "trainer.sample_tokens",
     "trainer.save_every",
     "trainer.save_model",
+    "trainer.shard_group",
+    "trainer.shard_optimizer",
 )
 
 

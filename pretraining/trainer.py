@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import TrainingBatches, load_tokenizer, ngram_perplexities, open_source, training_sequences, validation_rows
 from data.errors import UserError
 from optimizers import MatrixOptimizer
-from optimizers.memory import measured_state_bytes
+from optimizers.sharding import local
 
 from . import checkpoint
 from .curvature import hutchinson, label_gradient
@@ -31,6 +31,7 @@ from .layerwise import LayerWise, UpdateTimes
 from .lock import RunLock
 from .loss import PretrainingLoss, real_targets, target_count
 from .model import build_model, choose_attention, compile_layers
+from .parallel import Parallel
 from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows, weight_dtype
 from .record import RunRecord, environment, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
@@ -186,10 +187,14 @@ class Trainer:
             pad_token_id=self.tokenizer.pad_id,
             eos_token_id=self.tokenizer.eos_id,
         )
-        self.optimizer = make_optimizer(cfg, self.model)
         if cfg.trainer.compile:
             compile_layers(self.model)
-        self.wrapped = self.accelerator.prepare_model(PretrainingLoss(self.model, cfg.trainer.loss))
+        loss = PretrainingLoss(self.model, cfg.trainer.loss)
+        self.parallel = Parallel(cfg, self.accelerator, self.device)
+        self.parallel.shard_weights(loss)
+        self.optimizer = make_optimizer(cfg, self.model)
+        self.parallel.divide(self.optimizer)
+        self.wrapped = self.parallel.wrap(loss)
         self.layerwise = LayerWise(self.model, self.optimizer, self.device) if cfg.trainer.layerwise else None
         # Accelerate's wrapper adds nothing to an optimizer without a gradient scaler, and its scheduler would step
         # once for every rank.
@@ -347,6 +352,7 @@ class Trainer:
 
     def train_on(self, rows: dict[str, Tensor], waited: float = 0.0) -> StepFigures:
         """Gradient and update from ``rows``, for which this rank has ``waited`` so many seconds."""
+        self.parallel.wait()
         self.optimizer.zero_grad(set_to_none=True)
         targets = self._sum(self._on_device(target_count(rows["labels"]).sum()))
         set_rates(
@@ -470,7 +476,7 @@ class Trainer:
         weight = self.accelerator.num_processes / targets.clamp_min(1)
         for i, (inputs, labels) in enumerate(pieces):
             last = i == len(pieces) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self.parallel.accumulate(self.wrapped, last):
                 with self.autocast():
                     loss = self.wrapped(*self._on_device((inputs, *real_targets(labels))))
                 if self.layerwise and not self.lag:  # it is the only micro-batch, and now the weights change
@@ -498,10 +504,14 @@ class Trainer:
         """Give an optimizer that wants it (Sophia) an estimate of the Hessian's diagonal, over all rows of the step."""
         if not isinstance(self.optimizer, MatrixOptimizer):
             return
-        kind = self.optimizer.wanted_estimate()
-        if kind is None:
+        groups = [group for group in self.optimizer.param_groups if "estimator" in group]
+        wanted = bool(groups) and self.optimizer.wanted_estimate() is not None
+        if groups and self.accelerator.num_processes > 1:  # each rank knows the update times of its own matrices
+            wanted = bool(self.parallel.any(torch.tensor(wanted, device=self.device)))
+        if not wanted:
             return
-        params = [p for group in self.optimizer.param_groups if "estimator" in group for p in group["params"]]
+        kind = groups[0]["estimator"]
+        params = [p for group in groups for p in group["params"]]
         common = kind == "hutchinson"  # one u on all ranks, but labels drawn by each for its own rows
         seed = f"{self.cfg.seed}/{self.done}/{0 if common else self.accelerator.process_index}"
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(seed.encode()))
@@ -520,17 +530,17 @@ class Trainer:
         )
 
     def _sum(self, x: Tensor) -> Tensor:
-        return self.accelerator.reduce(x, reduction="sum") if self.accelerator.num_processes > 1 else x
+        return self.parallel.sum(x)
 
     def _clip(self) -> Tensor:
         """Norm of the whole gradient, before clipping if any is asked for."""
         if self.layerwise:
             return self.layerwise.norm()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+        norm = self.parallel.norm(gradients)
         limit = self.cfg.trainer.grad_clip
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+            torch._foreach_mul_([local(G) for G in gradients], (limit / (norm + 1e-6)).clamp_max(1.0))
         return norm
 
     # Figures --------------------------------------------------------------------------------------------------------
@@ -576,7 +586,11 @@ class Trainer:
 
     def _evaluate(self, again: bool = False) -> Evaluation | None:
         """The validation loss; None if a signal came meanwhile."""
-        with self.eager():  # and not the DDP wrapper, whose forward passes are counted: ranks may have unequal numbers
+        self.parallel.wait()
+        with (
+            self.eager(),
+            self.parallel.gathered(self.wrapped),
+        ):  # and not the DDP wrapper, whose forward passes are counted: ranks may have unequal numbers
             result = evaluate(
                 self.model,
                 self.validation,
@@ -585,6 +599,7 @@ class Trainer:
                 self.accelerator,
                 self.autocast(),
                 self._asked_anywhere,
+                self.wrapped if self.parallel.sharded else None,
             )
         if result is not None and not math.isfinite(result.loss):  # of weights that the last update has lost
             raise NonFiniteLoss(
@@ -598,24 +613,28 @@ class Trainer:
         self.tracker.log("eval", self.done, line)
         if self.main:
             tqdm.write(f"step {self.done:6,}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
-            if self.cfg.trainer.sample_tokens:
-                with self.eager():
-                    text = write_text(
-                        self.model,
-                        self.tokenizer,
-                        self.cfg.trainer.sample_prompt,
-                        self.cfg.trainer.sample_tokens,
-                        seed=self.cfg.seed,
-                        autocast=self.autocast(),
-                    )
-                self.record.sample(self.done, text)
+        if self.cfg.trainer.sample_tokens and (self.main or self.parallel.sharded):
+            with self.eager(), self.parallel.gathered(self.wrapped):
+                text = write_text(
+                    self.model,
+                    self.tokenizer,
+                    self.cfg.trainer.sample_prompt,
+                    self.cfg.trainer.sample_tokens,
+                    seed=self.cfg.seed,
+                    autocast=self.autocast(),
+                    together=self.parallel.sharded,
+                )
+            self.record.sample(self.done, text)
+            if self.main:
                 tqdm.write("    " + text.replace("\n", "\n    "))
         return result
 
     def _save(self) -> None:
         if self.lock:
             self.lock.check()
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+        self.parallel.wait()
+        finite = torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all()
+        if self.parallel.any(~finite):
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.done}, which is not saved; {self._last_good()}; {LOWER}"
             )
@@ -638,9 +657,11 @@ class Trainer:
         peak = peak_flops(self.device)
         flops = flops_per_token(self.cfg.model, self.plan.parameters, self.length)
         memory, kind = peak_memory(self.device)
+        states, states_by_rank = self.parallel.state_bytes(self.optimizer)
+        whole = self.parallel.whole_weights(self.model) if self.cfg.trainer.save_model else None
         if self.main and self.cfg.trainer.save_model:
             try:
-                save_model(self.model, self.tokenizer, self.record.path / "model")
+                save_model(self.model, self.tokenizer, self.record.path / "model", whole)
                 checkpoint.write_sums(self.record.path / "model")
             except OSError as error:
                 raise UserError(
@@ -659,7 +680,8 @@ class Trainer:
                 "damaged_documents": sum(self.source.damaged.values()),
                 "tokens": self.done * self.plan.tokens_per_step,
                 "parameters": self.plan.parameters,
-                "optimizer_state_bytes": measured_state_bytes(self.optimizer),
+                "optimizer_state_bytes": states,
+                **({"optimizer_state_bytes_by_rank": states_by_rank} if len(states_by_rank) > 1 else {}),
                 "peak_memory_bytes": max(memory, self.meters.peak_memory_bytes),
                 "peak_memory_kind": kind,
                 "tokens_per_second": speed,
@@ -734,10 +756,14 @@ def write_text(
     temperature: float = 0.8,
     top_k: int | None = 50,
     autocast: AbstractContextManager | None = None,
+    together: bool = False,
 ) -> str:
     """``prompt`` and up to ``tokens`` tokens that the model writes on, by sampling (temperature 0: greedily).
 
     The global random state is left as it was, so that a sample does not change the run.
+
+    Args:
+        together: all ranks write the same, since each holds a part of the weights only.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer.encode([prompt])[0] or [tokenizer.eos_id]], device=device)
@@ -751,6 +777,7 @@ def write_text(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             use_cache=True,
+            synced_gpus=together,
             pad_token_id=tokenizer.pad_id,
             eos_token_id=tokenizer.eos_id,
             **how,
@@ -759,10 +786,10 @@ def write_text(
     return tokenizer.decode(out[0].tolist())
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """The model and its tokenizer in Hugging Face's format."""
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """The model and its tokenizer in Hugging Face's format; ``weights``, where the model holds a part of them only."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one of its own for each file, in the middle of ours
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,335 @@
+"""Which rank computes which matrix: every update once, and its state once, however the weights are laid out.
+
+Most methods need a matrix whole, and a decomposition cannot be shared among ranks. So each matrix has an owner: it alone
+refreshes and updates that matrix and keeps its state (ZeRO-1, by matrices), and the others receive the new weights.
+
+    owners = shard(optimizer)      weights replicated (DDP): for any torch optimizer, right after it is made
+    Alice(partition(model))        weights sharded by fully_shard (DTensor): no call is needed
+
+Numbers do not depend on the layout: owners see the same gradient that a single process would, and random draws are keyed
+by parameter names. Element-wise updates (groups with ``adam=True``) stay where the weights are: on every rank for replicated
+weights, on the shards of DTensors.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Matrices travel in rounds of at most so many entries (256 MiB in float32), which bounds the extra memory of a step.
+ROUND_ENTRIES = 2**26
+
+
+def shard(
+    optimizer: torch.optim.Optimizer, process_group: "dist.ProcessGroup | None" = None, overlap: bool = False
+) -> "Owners":
+    """Divide the matrices of ``optimizer``, and their states, among ranks; from now on ``step`` is a collective.
+
+    Replicated weights must have the same gradients on all ranks, as after DDP's backward pass.
+
+    Args:
+        optimizer: its groups without ``adam=True`` are divided. Anything that follows ``step`` of torch's optimizers and
+            leaves parameters without a gradient alone.
+        process_group: of replicated weights; None: all ranks. A node's ranks, so that weights travel within nodes only
+            and each node computes everything. DTensors have a mesh of their own.
+        overlap: ``step`` returns while weights still travel; call ``Owners.wait`` before they are read.
+
+    Returns:
+        The optimizer's owners; the same at a second call.
+    """
+    owners: Owners | None = getattr(optimizer, "owners", None)
+    if owners is None:
+        owners = Owners(optimizer)
+        optimizer.owners = owners  # type: ignore[attr-defined]
+    owners.process_group, owners.overlap = process_group or owners.process_group, overlap
+    return owners
+
+
+def is_sharded(x: Tensor) -> bool:
+    # Whoever has a DTensor has imported its module, which takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a DTensor that lies on this rank, sharing its memory; any other tensor as it is."""
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def sharded_dim(p: Tensor) -> tuple[int, int]:
+    """The dimension of the mesh that shards a DTensor, and the dimension of the tensor that it divides.
+
+    Raises:
+        ValueError: a layout other than that of ``fully_shard`` on a mesh of one dimension, or of two (HSDP).
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = p.placements  # type: ignore[attr-defined]
+    found = [(i, x.dim) for i, x in enumerate(placements) if type(x) is Shard]
+    if len(found) != 1 or not all(type(x) in (Shard, Replicate) for x in placements):
+        raise ValueError(
+            f"a matrix is laid out as {placements}, but its update needs it whole: use fully_shard alone, on a mesh of one "
+            "dimension or of two (HSDP), without tensor parallelism"
+        )
+    return found[0]
+
+
+def parameter_names(groups: Sequence[dict[str, Any]], group: dict[str, Any]) -> list[str]:
+    """Names of the parameters of one of the ``groups``, or positions in the whole optimizer where there are none."""
+    if "param_names" in group:
+        return group["param_names"]
+    first = 0
+    for other in groups:
+        if other is group:
+            break
+        first += len(other["params"])
+    return [f"parameter {first + i}" for i in range(len(group["params"]))]
+
+
+def cost(p: Tensor) -> int:
+    """What a step costs for ``p``, up to a factor: products of an m x n matrix with one of m x r, r in proportion to m."""
+    return p.numel() * (min(p.shape) if p.ndim == 2 else 1)
+
+
+def assign(costs: Sequence[float], ranks: int) -> list[int]:
+    """The owner of each: the most expensive first, each to the rank that has least (Graham 1969: at most 4/3 of the best).
+
+    A function of the costs alone, so that all ranks find the same.
+    """
+    loads = [0.0] * ranks
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(ranks), key=loads.__getitem__)
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+class Team:
+    """The ranks of one process group and the matrices that they share.
+
+    Attributes:
+        params: the matrices, in the optimizer's order.
+        owners: the rank within the group of each.
+        rank, size: of this process in the group, and of the group.
+    """
+
+    def __init__(self, params: list[Tensor], group: "dist.ProcessGroup") -> None:
+        self.params, self.group = params, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.owners = assign([cost(p) for p in params], self.size)
+        self.owner = dict(zip(params, self.owners, strict=True))
+        # Owners by turns, so that at any time all of them have something to send.
+        turns = [self.owners[:i].count(owner) for i, owner in enumerate(self.owners)]
+        self.order = sorted(range(len(params)), key=lambda i: (turns[i], self.owners[i]))
+
+    def mine(self) -> list[Tensor]:
+        return [p for p, owner in self.owner.items() if owner == self.rank]
+
+    # Replicated weights ------------------------------------------------------------------------------------------------
+
+    def broadcast(self, params: set[Tensor]) -> "list[dist.Work]":
+        """Begin to send the weights that have changed from their owners to all."""
+        works = []
+        for i in self.order:
+            if self.params[i] in params:
+                p = self.params[i].detach()
+                p = p if p.is_contiguous() else p.mT  # stored by columns
+                works.append(dist.broadcast(p, group_src=self.owners[i], group=self.group, async_op=True))
+        return works
+
+    # Sharded weights ---------------------------------------------------------------------------------------------------
+
+    def collect(self, tensors: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """By parameter: this rank's part of each ``tensor`` -> those of its own matrices, whole."""
+        whole = {p: local(tensors[p]).new_empty(p.shape) for p in self.mine() if p in tensors}
+        for some in self._rounds(tensors):
+            sent = [local(tensors[self.params[i]]) for rank in range(self.size) for i in self._of(rank, some)]
+            parts = [
+                self._part(whole[self.params[i]], i, s) for s in range(self.size) for i in self._of(self.rank, some)
+            ]
+            self._exchange(sent, self._sizes(some), parts, self._sizes(some, mine=True))
+        return whole
+
+    def deliver(self, whole: Mapping[Tensor, Tensor], tensors: Mapping[Tensor, Tensor]) -> None:
+        """The inverse: fill this rank's part of each of the ``tensors`` from the ``whole`` ones of their owners."""
+        for some in self._rounds(tensors):
+            sent = [
+                self._part(whole[self.params[i]], i, s) for s in range(self.size) for i in self._of(self.rank, some)
+            ]
+            parts = [local(tensors[self.params[i]]) for rank in range(self.size) for i in self._of(rank, some)]
+            self._exchange(sent, self._sizes(some, mine=True), parts, self._sizes(some))
+
+    def _rounds(self, tensors: Mapping[Tensor, Tensor]) -> Iterator[list[int]]:
+        """Matrices of one dtype that travel together, by their indices."""
+        there = [i for i in self.order if self.params[i] in tensors]
+        for dtype in dict.fromkeys(tensors[self.params[i]].dtype for i in there):
+            some, entries = [], 0
+            for i in there:
+                if tensors[self.params[i]].dtype == dtype:
+                    some.append(i)
+                    entries += self.params[i].numel()
+                    if entries >= ROUND_ENTRIES:
+                        yield some
+                        some, entries = [], 0
+            if some:
+                yield some
+
+    def _of(self, rank: int, some: list[int]) -> list[int]:
+        return [i for i in some if self.owners[i] == rank]
+
+    def _range(self, i: int, rank: int) -> tuple[int, int, int]:
+        """What lies on ``rank`` of matrix i: dimension, start, length; torch.chunk's part of it, which may be empty."""
+        p = self.params[i]
+        dim = sharded_dim(p)[1]
+        length = -(-p.shape[dim] // self.size)
+        start = min(rank * length, p.shape[dim])
+        return dim, start, min(length, p.shape[dim] - start)
+
+    def _part(self, whole: Tensor, i: int, rank: int) -> Tensor:
+        return whole.narrow(*self._range(i, rank))
+
+    def _entries(self, i: int, rank: int) -> int:
+        dim, _, length = self._range(i, rank)
+        return self.params[i].numel() // self.params[i].shape[dim] * length
+
+    def _sizes(self, some: list[int], mine: bool = False) -> list[int]:
+        """Entries that this rank sends to each other, of their matrices; ``mine``: that it gets from each, of its own."""
+        if mine:
+            return [sum(self._entries(i, rank) for i in self._of(self.rank, some)) for rank in range(self.size)]
+        return [sum(self._entries(i, self.rank) for i in self._of(rank, some)) for rank in range(self.size)]
+
+    def _exchange(self, sent: list[Tensor], sends: list[int], parts: list[Tensor], receives: list[int]) -> None:
+        """One all-to-all: the ``sent`` tensors, one after the other, into the ``parts``, in the same way."""
+        some = (sent or parts)[0]
+        out = torch.cat([some.new_empty(0), *(x.reshape(-1) for x in sent)])
+        got = out.new_empty(sum(receives))
+        size = out.element_size()  # as bytes: not every backend has every dtype
+        dist.all_to_all_single(
+            got.view(torch.uint8), out.view(torch.uint8), [n * size for n in receives], [n * size for n in sends], self.group
+        )  # fmt: skip
+        for part, x in zip(parts, got.split([part.numel() for part in parts]), strict=True):
+            part.copy_(x.view(part.shape))
+
+
+class Owners:
+    """What :func:`shard` attaches to an optimizer: hooks around ``step``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.process_group: dist.ProcessGroup | None = None
+        self.overlap = False
+        self._teams: tuple[list[Tensor], list[Team]] = ([], [])
+        self._hidden: dict[Tensor, Tensor] = {}  # gradients of others' matrices
+        self._whole: dict[Tensor, Tensor] = {}  # by DTensor: what is updated in its place
+        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._changing: set[Tensor] = set()
+        self._works: list[dist.Work] = []
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    @property
+    def teams(self) -> list[Team]:
+        """One for each process group; planned anew when parameters were added."""
+        groups = [group for group in self.optimizer.param_groups if not group.get("adam")]
+        params = [p for group in groups for p in group["params"]]
+        if not self._groups and [id(p) for p in params] != [id(p) for p in self._teams[0]]:
+            by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+            for p in params:
+                by_group.setdefault(self._process_group(p), []).append(p)
+            self._teams = params, [Team(some, group) for group, some in by_group.items()]
+        return self._teams[1]
+
+    def _process_group(self, p: Tensor) -> "dist.ProcessGroup":
+        if is_sharded(p):
+            return p.device_mesh.get_group(sharded_dim(p)[0])  # type: ignore[attr-defined]
+        if not dist.is_initialized():
+            raise RuntimeError("there is no process group: start the program with torchrun, or leave shard() out")
+        return self.process_group or dist.distributed_c10d._get_default_group()
+
+    def keeps(self, p: Tensor) -> bool:
+        """Whether this rank keeps a state of ``p``: its own matrices, and all that is updated element by element."""
+        return all(team.owner.get(p, team.rank) == team.rank for team in self.teams)
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank; a collective."""
+        for team in self.teams:
+            x = torch.tensor(int(flag), device=local(team.params[0]).device)
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=team.group)
+            flag = bool(x.item())
+        return flag
+
+    def wait(self) -> None:
+        """Until all weights have arrived."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+
+    # Around a step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _begin(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if [*args[1:], *kwargs.values()] not in ([], [None]):
+            raise ValueError(
+                "step(closure) would compute gradients after they were divided among ranks; call the closure before"
+            )
+        self.wait()
+        for team in self.teams:
+            gradients = {p: p.grad for p in team.params if p.grad is not None}
+            self._changing |= {p for p in gradients if not is_sharded(p)}
+            others = {p: G for p, G in gradients.items() if not is_sharded(p)}
+            for p in team.mine():
+                others.pop(p, None)
+            self._hidden |= others
+            shards = {p: G for p, G in gradients.items() if is_sharded(p)}
+            weights = team.collect({p: p.detach() for p in shards})
+            for p, G in team.collect(shards).items():
+                weights[p].grad = G
+            self._whole |= weights
+            if estimates := getattr(optimizer, "_estimates", None):
+                own = team.collect({p: estimates[p] for p in shards})
+                optimizer._estimates = {**estimates, **{weights[p]: x for p, x in own.items()}}  # type: ignore[attr-defined]
+        for p in self._hidden:
+            p.grad = None
+        self._take_whole()
+
+    def _take_whole(self) -> None:
+        """Put the whole matrices of this rank where the optimizer finds parameters and states of its DTensors."""
+        groups = self.optimizer.param_groups
+        names = [parameter_names(groups, group) for group in groups]
+        for group, own in zip(groups, names, strict=True):
+            if group.get("adam") or not any(map(is_sharded, group["params"])):
+                continue
+            self._groups.append((group, {key: group[key] for key in ("params", "param_names") if key in group}))
+            kept = [
+                (self._whole.get(p, p), name)
+                for p, name in zip(group["params"], own, strict=True)
+                if p in self._whole or not is_sharded(p)
+            ]
+            group["params"], group["param_names"] = [p for p, _ in kept], [name for _, name in kept]
+        _rename(self.optimizer.state, self._whole)
+
+    @torch.no_grad()
+    def _end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, before in self._groups:
+            del group["params"], group["param_names"]
+            group.update(before)
+        _rename(optimizer.state, {whole: p for p, whole in self._whole.items()})
+        for p, G in self._hidden.items():
+            p.grad = G
+        self._groups = []
+        for team in self.teams:
+            changed = {p: p.detach() for p in team.params if is_sharded(p) and p.grad is not None}
+            team.deliver(self._whole, changed)
+            self._works += team.broadcast(self._changing)
+        self._hidden, self._whole, self._changing = {}, {}, set()
+        if not self.overlap:
+            self.wait()
+
+
+def _rename(state: dict[Tensor, Any], names: Mapping[Tensor, Tensor]) -> None:
+    for old, new in names.items():
+        if old in state:
+            state[new] = state.pop(old)

@@ -1,0 +1,176 @@
+"""Several processes: where weights, gradients and optimizer states lie, and what of it a training step has to know.
+
+ddp: weights on every rank; gradients are summed over all; each matrix is updated by the rank that owns it, which then
+sends the new weights to the others (optimizers.sharding), while the next rows are waited for.
+
+fsdp2: ``fully_shard`` divides weights, gradients and element-wise states; matrices are updated whole by their owners.
+
+Both leave every number as one process has it, but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from data.errors import UserError
+from optimizers.memory import measured_state_bytes
+from optimizers.sharding import Owners, is_sharded, local, shard
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Libraries' methods that work on the shards of a matrix as they do on all of it.
+ELEMENTWISE = {"adam", "adamw", "lion", "sgd", "signum"}
+
+
+def check_parallel(cfg: DictConfig, world: int) -> None:
+    """Refuse what several processes cannot do in this way.
+
+    Raises:
+        UserError: the first setting that does not go with it.
+    """
+    t, method = cfg.trainer, cfg.optimizer.name
+    if world == 1:
+        return
+    if t.parallel == "fsdp2" and "estimator" in cfg.optimizer:
+        raise UserError(
+            f"optimizer={method} needs estimates of curvature, for which every rank needs all weights: use "
+            "trainer.parallel=ddp"
+        )
+    if t.parallel == "fsdp2" and method == "adam_mini":
+        raise UserError("optimizer=adam_mini needs embedding and norms whole: use trainer.parallel=ddp")
+    if t.shard_group == "node":
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if world % ranks:
+            raise UserError(
+                f"trainer.shard_group=node needs equally many processes on every node, and {world} are no multiple of "
+                f"{ranks}: launch as many on each, or set trainer.shard_group=all"
+            )
+
+
+class Parallel:
+    """The layout of one run.
+
+    Args:
+        cfg: the run's configuration.
+        accelerator: its processes.
+        device: this rank's.
+
+    Attributes:
+        sharded: whether weights are (fsdp2, with more than one process).
+        owners: of matrices, after ``divide``; None where nothing is divided.
+    """
+
+    def __init__(self, cfg: DictConfig, accelerator: Accelerator, device: torch.device) -> None:
+        self.accelerator, self.device = accelerator, device
+        self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
+        self.sharded = cfg.trainer.parallel == "fsdp2" and self.ranks > 1
+        self.divides = cfg.trainer.shard_optimizer and self.ranks > 1
+        self.whole = self.sharded and cfg.optimizer.name not in ELEMENTWISE
+        self.team = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cfg.trainer.shard_group == "node" else self.ranks
+        self.owners: Owners | None = None
+
+    def shard_weights(self, loss: nn.Module) -> None:
+        """For fsdp2: give each rank its part of the weights, decoder layer by layer. Before the optimizer is made."""
+        if not self.sharded:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        kind = self.device.type
+        if self.team == self.ranks:
+            mesh = init_device_mesh(kind, (self.ranks,))
+        else:
+            mesh = init_device_mesh(kind, (self.ranks // self.team, self.team), mesh_dim_names=("nodes", "ranks"))
+        for layer in loss.model.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+        # The loss is the root: it reads the last layer's weight outside the model's own forward pass.
+        fully_shard(loss, mesh=mesh)
+
+    def divide(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every matrix an owner."""
+        if self.sharded:
+            self.owners = shard(optimizer) if self.whole else None
+        elif self.divides:
+            group = None
+            if self.team < self.ranks:
+                group, _ = dist.new_subgroups(self.team)
+            self.owners = shard(optimizer, group, overlap=True)
+
+    def wrap(self, loss: nn.Module) -> nn.Module:
+        """What training calls: ``loss``, and the sum of gradients over ranks after it."""
+        return loss if self.sharded else self.accelerator.prepare_model(loss)
+
+    def wait(self) -> None:
+        """Before weights are read: until those of the last step have arrived."""
+        if self.owners:
+            self.owners.wait()
+
+    def accumulate(self, wrapped: Any, last: bool) -> AbstractContextManager:
+        """Around a micro-batch: gradients are summed over ranks after the ``last`` one only."""
+        if self.sharded:
+            wrapped.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(wrapped)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all ranks."""
+        return self.accelerator.reduce(x, reduction="sum") if self.ranks > 1 else x
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """Of the whole gradient, in float32."""
+        norms = torch._foreach_norm([local(G) for G in gradients], 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.sharded:
+            norm = (self.sum(norm.square()) * (self.team / self.ranks)).sqrt()  # each part lies on ranks / team of them
+        return norm
+
+    def any(self, flag: Tensor) -> Tensor:
+        """Whether ``flag`` is set on any rank."""
+        return self.sum(flag.long()) > 0
+
+    @contextmanager
+    def gathered(self, wrapped: Any) -> Iterator[None]:
+        """For fsdp2: embeddings, last norm and last layer whole for the model's own forward pass, and nothing after it.
+
+        Evaluation leaves them whole as well, and a stale copy would be trained on.
+        """
+        if self.sharded:
+            wrapped.unshard()
+        yield
+        if self.sharded:
+            wrapped.reshard()
+
+    def whole_weights(self, model: nn.Module) -> dict[str, Any] | None:
+        """For fsdp2: all weights, on the host of the first rank (empty on others); None where the model has them.
+
+        All ranks call it together.
+        """
+        if not self.sharded:
+            return None
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def state_bytes(self, optimizer: torch.optim.Optimizer) -> tuple[int, list[int]]:
+        """Of the optimizer's states: once each, and as they lie on every rank. All ranks call it together."""
+        here = measured_state_bytes(optimizer)
+        if self.ranks == 1:
+            return here, [here]
+        divided = measured_state_bytes(optimizer, self._is_divided)
+        counts = torch.zeros(self.ranks, 2, dtype=torch.int64, device=self.device)
+        counts[self.rank] = torch.tensor([here, divided])
+        on_rank, parts = self.sum(counts).T.tolist()
+        copies = self.ranks // self.team  # of each part
+        return here - divided + sum(parts) // copies, on_rank
+
+    def _is_divided(self, p: Tensor) -> bool:
+        return is_sharded(p) or (self.owners is not None and any(p in team.owner for team in self.owners.teams))

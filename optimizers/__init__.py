@@ -20,6 +20,7 @@ from .normalization import Normalization
 from .partition import describe, partition
 from .racs import RACS
 from .shampoo import Shampoo
+from .sharding import shard
 from .soap import SOAP
 from .soap_factored import SOAPFactored
 from .sophia import Sophia
@@ -51,4 +52,5 @@ __all__ = [
     "create",
     "describe",
     "partition",
+    "shard",
 ]

@@ -276,13 +276,13 @@ class Owners:
                 "step(closure) would compute gradients after they were divided among ranks; call the closure before"
             )
         self.wait()
+        self._hidden = {}
+        self._put_back()  # after a step that has failed
+        self._whole, self._changing = {}, set()
         for team in self.teams:
             gradients = {p: p.grad for p in team.params if p.grad is not None}
             self._changing |= {p for p in gradients if not is_sharded(p)}
-            others = {p: G for p, G in gradients.items() if not is_sharded(p)}
-            for p in team.mine():
-                others.pop(p, None)
-            self._hidden |= others
+            self._hidden |= {p: gradients[p] for p in self._changing & gradients.keys() if team.owner[p] != team.rank}
             shards = {p: G for p, G in gradients.items() if is_sharded(p)}
             weights = team.collect({p: p.detach() for p in shards})
             for p, G in team.collect(shards).items():
@@ -311,20 +311,23 @@ class Owners:
             group["params"], group["param_names"] = [p for p, _ in kept], [name for _, name in kept]
         _rename(self.optimizer.state, self._whole)
 
-    @torch.no_grad()
-    def _end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _put_back(self) -> None:
         for group, before in self._groups:
             del group["params"], group["param_names"]
             group.update(before)
-        _rename(optimizer.state, {whole: p for p, whole in self._whole.items()})
+        _rename(self.optimizer.state, {whole: p for p, whole in self._whole.items()})
         for p, G in self._hidden.items():
             p.grad = G
-        self._groups = []
+        self._groups, self._hidden = [], {}
+
+    @torch.no_grad()
+    def _end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._put_back()
         for team in self.teams:
             changed = {p: p.detach() for p in team.params if is_sharded(p) and p.grad is not None}
             team.deliver(self._whole, changed)
             self._works += team.broadcast(self._changing)
-        self._hidden, self._whole, self._changing = {}, {}, set()
+        self._whole, self._changing = {}, set()
         if not self.overlap:
             self.wait()
 

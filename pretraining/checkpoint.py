@@ -199,8 +199,8 @@ def load_model(path: Path, model: nn.Module) -> None:
 class _Layout:
     """Which tensors of a checkpoint this rank wants, and where it keeps them."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.parameters = dict(model.named_parameters()) if model else {}
         self.owners = getattr(optimizer, "owners", None)
 
     def place(self, name: str, info: TensorStorageMetadata) -> Tensor | None:
@@ -217,7 +217,7 @@ class _Layout:
         return torch.empty(info.size, dtype=info.properties.dtype)
 
 
-def _read(path: Path, layout: _Layout) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, layout: _Layout | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta = _read_json(path)
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
@@ -229,6 +229,7 @@ def _read(path: Path, layout: _Layout) -> tuple[dict[str, Tensor], dict[str, Any
         wrong = [name for name in wrong if not name.startswith("random/cuda")]  # as many as there were ranks
         if wrong:
             raise ValueError(f"{wrong[0]} is {kinds.get(wrong[0])} there, and {listed.get(wrong[0])} in {STATE}")
+        layout = layout or _Layout()  # everything, whole
         places = {name: layout.place(name, info) for name, info in infos.items()}
         tensors = {name: x for name, x in places.items() if x is not None}
         with warnings.catch_warnings():

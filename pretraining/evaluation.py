@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data import IGNORE as IGNORE
 
-from .loss import PretrainingLoss, real_targets, target_count
+from .loss import last_hidden, real_targets, target_count, token_losses
 from .loss import row_losses as row_losses  # of whole logits, for those who have them
 
 
@@ -53,7 +53,6 @@ def evaluate(
         together: the model's PretrainingLoss, if its forward pass needs all ranks (sharded weights): one that has no rows
             left takes part with a row that does not count.
     """
-    loss = together or PretrainingLoss(model)
     input_ids, labels, *positions = rows
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
@@ -76,7 +75,7 @@ def evaluate(
                 inputs = {"input_ids": input_ids[batch].to(device)}
                 if positions:
                     inputs["position_ids"] = positions[0][batch].to(device)
-                found = _row_sums(loss, inputs, labels[batch]).double()
+                found = _row_sums(model, inputs, labels[batch], together).double()
                 if not idle:
                     sums[batch] = found
     finally:
@@ -92,10 +91,13 @@ def evaluate(
     )
 
 
-def _row_sums(loss: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+def _row_sums(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, together: nn.Module | None) -> Tensor:
     """Summed loss of each row, [b]: added up over all positions in one order, wherever targets and chunks lie."""
     places, targets = (x.to(inputs["input_ids"].device) for x in real_targets(labels))
-    losses = loss(inputs, places, targets, each=True)
+    if together is None:
+        losses = token_losses(*last_hidden(model, inputs, places), targets)
+    else:
+        losses = together(inputs, places, targets, each=True)
     return losses.new_zeros(labels.numel()).index_copy_(0, places, losses).view(labels.shape).sum(dim=1)
 
 

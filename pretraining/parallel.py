@@ -133,6 +133,14 @@ class Parallel:
             norm = (self.sum(norm.square()) * (self.team / self.ranks)).sqrt()  # each part lies on ranks / team of them
         return norm
 
+    def gather(self, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        """What owners have found out about their matrices, by name; once, where nodes do the same work."""
+        parts: list[Any] = [found]
+        if self.owners is not None:
+            parts = [None] * self.ranks
+            dist.all_gather_object(parts, found)
+        return list({names: value for part in parts for names, value in part}.items())
+
     def any(self, flag: Tensor) -> Tensor:
         """Whether ``flag`` is set on any rank."""
         return self.sum(flag.long()) > 0

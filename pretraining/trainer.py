@@ -368,9 +368,9 @@ class Trainer:
         figures = self._figures(loss, targets, waited)
         if self.lag or self._is_finite(figures):  # without lag, known before anything can reach the weights
             figures.timer = self.layerwise.times if self.layerwise else self._update(rows, targets, figures)
-            if log := getattr(self.optimizer, "basis_log", None):
-                figures.bases = log.copy()
-                log.clear()
+            if self.cfg.optimizer.get("log_basis"):
+                figures.bases = self.parallel.gather(self.optimizer.basis_log)  # type: ignore[attr-defined]
+                self.optimizer.basis_log.clear()  # type: ignore[attr-defined]
         self.done += 1
         return figures
 
@@ -587,10 +587,8 @@ class Trainer:
     def _evaluate(self, again: bool = False) -> Evaluation | None:
         """The validation loss; None if a signal came meanwhile."""
         self.parallel.wait()
-        with (
-            self.eager(),
-            self.parallel.gathered(self.wrapped),
-        ):  # and not the DDP wrapper, whose forward passes are counted: ranks may have unequal numbers
+        # Not by the DDP wrapper: its forward passes are counted, and ranks may have unequal numbers.
+        with self.eager(), self.parallel.gathered(self.wrapped):
             result = evaluate(
                 self.model,
                 self.validation,

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
 
-from .signals import Stopped
+from .signals import LOST_CONTACT, Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROOTS = ("train", "eval", "generate")
@@ -490,7 +490,7 @@ def run_door(function: Callable[[DictConfig], Any], root: str = "train", argv: S
     except UserError as error:
         if tracebacks:
             raise
-        if rank != 0:
+        if rank != 0 and error.exit_code != LOST_CONTACT:  # with little time: the launcher ends what is left
             time.sleep(_RANK_DELAY)
         _stop(error, rank, say=True)
     except Stopped as stopped:

@@ -12,8 +12,9 @@ from types import FrameType, TracebackType
 
 # SIGTERM: a launcher, a preempted job, `kill`. SIGINT: Ctrl-C. SIGUSR1: SLURM's --signal=USR1@120, before the time is up.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. No interpreter, shell or launcher uses it for something else.
-EXIT_CODE = 75
+# Exit codes of sysexits.h, which no interpreter, shell or launcher uses for something else.
+EXIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong, try again
+LOST_CONTACT = 74  # EX_IOERR: another rank has ended, see launch.py
 # A launcher passes on a signal that all processes of the job were sent: the same one twice, within milliseconds.
 ECHO = 1.0  # seconds
 

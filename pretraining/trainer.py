@@ -19,7 +19,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from data import TrainingBatches, load_tokenizer, ngram_perplexities, open_source, training_sequences, validation_rows
+from data import (
+    IGNORE,
+    TrainingBatches,
+    load_tokenizer,
+    ngram_perplexities,
+    open_source,
+    training_sequences,
+    validation_rows,
+)
 from data.errors import UserError
 from optimizers import MatrixOptimizer
 from optimizers.sharding import local
@@ -27,6 +35,7 @@ from optimizers.sharding import local
 from . import checkpoint
 from .curvature import hutchinson, label_gradient
 from .evaluation import Evaluation, evaluate
+from .launch import LostContact, check_launch, check_same_configuration, lost_contact
 from .layerwise import LayerWise, UpdateTimes
 from .lock import RunLock
 from .loss import PretrainingLoss, real_targets, target_count
@@ -71,7 +80,8 @@ def train(cfg: DictConfig) -> Path | None:
         The run folder; None after a dry run.
 
     Raises:
-        UserError: whatever the user can put right; NonFiniteLoss with exit code 3.
+        UserError: whatever the user can put right; NonFiniteLoss with exit code 3; LostContact, 74, where other ranks have
+            ended.
         Stopped: a signal has ended it, with exit code 75.
     """
     main = os.environ.get("RANK", "0") == "0"
@@ -88,8 +98,9 @@ def train(cfg: DictConfig) -> Path | None:
         read_json(finished)  # and a damaged file
         if main:
             RunLock(run_dir).remove_if_stale()  # of a process that was killed at its very end
-        print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")
+            print(f"this run is finished, see {finished}; trainer.resume=never trains it anew")
         return run_dir
+    check_launch(os.environ, plan.device)
     if plan.device.type == "cpu":
         keep_freed_memory()
     with StopSignals() as signals, RunLock(run_dir) if main else nullcontext() as lock:
@@ -97,7 +108,12 @@ def train(cfg: DictConfig) -> Path | None:
             kept = set_aside(run_dir)
             if kept:
                 print(f"the run that was there is now {kept}")
-        Trainer(cfg, plan, signals, lock).run()
+        try:
+            Trainer(cfg, plan, signals, lock).run()
+        except (RuntimeError, UserError) as error:  # a UserError may be what another error was made into
+            if message := lost_contact(error):
+                raise LostContact(message) from error
+            raise
     return run_dir
 
 
@@ -148,6 +164,7 @@ class Trainer:
         self.signals, self.lock = signals or StopSignals(), lock
         self.began = time.perf_counter()
         self.accelerator = make_accelerator(self.device)
+        check_same_configuration(cfg, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
         self.steps, self.length = cfg.trainer.steps, cfg.data.length
         run_dir = Path(cfg.run_dir)
@@ -490,7 +507,15 @@ class Trainer:
         size = micro_batch_rows(self.cfg, len(rows["input_ids"]), self.device)
         split = {name: x.split(size) for name, x in rows.items()}
         labels = split.pop("labels")
-        return [({name: x[i] for name, x in split.items()}, labels[i]) for i in range(len(labels))]
+        pieces = [({name: x[i] for name, x in split.items()}, labels[i]) for i in range(len(labels))]
+        if (
+            self.parallel.sharded
+        ):  # all ranks take part in every pass: one that has fewer rows repeats some, without targets
+            most = math.ceil(self.cfg.trainer.batch_size / self.accelerator.num_processes)
+            missing = math.ceil(most / micro_batch_rows(self.cfg, most, self.device)) - len(pieces)
+            inputs, targets = pieces[0]
+            pieces += [(inputs, torch.full_like(targets, IGNORE))] * missing
+        return pieces
 
     def _on_device(self, x: Any) -> Any:
         """Tensors from the host, in tuples or by name; a GPU gets them while the host goes on."""

@@ -234,7 +234,7 @@ RANKS = """
 import os, sys, time
 how = sys.argv[1]
 if how == "wait":
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # at once: both ranks write to one pipe
     time.sleep(60)
 sys.exit(75 if how == "stopped" or os.environ["RANK"] == "0" else 0)
 """

@@ -257,12 +257,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._is_rehearsal():
             return loss
-        for group in self.param_groups:
-            if group["adam"]:
-                self._adam_step(group)
-            else:
-                for params, ctx in self._batches(group):
-                    self._matrix_step(params, group, ctx)
+        try:
+            for group in self.param_groups:
+                if group["adam"]:
+                    self._adam_step(group)
+                else:
+                    for params, ctx in self._batches(group):
+                        self._matrix_step(params, group, ctx)
+        except Exception:
+            if self.owners:
+                self.owners.undo()
+            raise
         self._estimates = {}
         return loss
 

@@ -51,8 +51,13 @@ class Combined(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.optimizers:
-            part.step()
+        try:
+            for part in self.optimizers:
+                part.step()
+        except Exception:
+            if owners := getattr(self, "owners", None):
+                owners.undo()
+            raise
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

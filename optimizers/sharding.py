@@ -277,8 +277,7 @@ class Owners:
             )
         self.wait()
         self._hidden = {}
-        self._put_back()  # after a step that has failed
-        self._whole, self._changing = {}, set()
+        self.undo()  # a step of somebody else's class may have failed
         for team in self.teams:
             gradients = {p: p.grad for p in team.params if p.grad is not None}
             self._changing |= {p for p in gradients if not is_sharded(p)}
@@ -319,6 +318,11 @@ class Owners:
         for p, G in self._hidden.items():
             p.grad = G
         self._groups, self._hidden = [], {}
+
+    def undo(self) -> None:
+        """After a step that has failed: groups, states and gradients as they were before it."""
+        self._put_back()
+        self._whole, self._changing = {}, set()
 
     @torch.no_grad()
     def _end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

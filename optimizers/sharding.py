@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Matrices travel in rounds of at most so many entries (256 MiB in float32), which bounds the extra memory of a step.
+# Matrices travel in rounds, in which a rank sends at most about so many entries (256 MiB in float32): the extra memory of a
+# step, beside its own matrices.
 ROUND_ENTRIES = 2**26
 
 
@@ -171,7 +172,7 @@ class Team:
                 if tensors[self.params[i]].dtype == dtype:
                     some.append(i)
                     entries += self.params[i].numel()
-                    if entries >= ROUND_ENTRIES:
+                    if entries >= ROUND_ENTRIES * self.size:
                         yield some
                         some, entries = [], 0
             if some:

@@ -37,7 +37,7 @@ import re
 import sys
 
 modules = {"hydra-core": "hydra"}
-optional = {"wandb", "tensorboard", "mypy", "ruff", "types-PyYAML", "setuptools"}
+optional = {"wandb", "tensorboard", "optuna", "submitit", "mypy", "ruff", "types-PyYAML", "setuptools"}
 optional |= {"pytorch-optimizer", "adam-mini", "bitsandbytes", "nbclient", "nbformat", "ipykernel"}
 lines = [line for path in sys.argv[1:] if "oracles" not in path for line in open(path) if line.strip() and not line.startswith("#")]
 names = [re.split("[=<>~! \n]", line)[0] for line in lines]

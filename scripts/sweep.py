@@ -4,14 +4,19 @@
     python scripts/sweep.py compare --only alice,racs
     python scripts/sweep.py compare --dry-run      what would run, and for how long
     python scripts/sweep.py compare --report-only  tables and figures again, from the records alone
+    python scripts/sweep.py compare --gpus 0,1,2,3 --gpus-per-job 2                   two runs at a time, on two GPUs each
+    python scripts/sweep.py compare --executor slurm --slurm FILE --jobs 16           an array of SLURM, 16 at a time
+    python scripts/sweep.py compare --write-recipe DIR                                the best of each method as a recipe
 
 Arguments of the form key=value go to train.py. Every run has a folder of its own and is run once: after an interruption the
 same command goes on with what is missing. A run that crashes is started again, twice; then the sweep goes on without it.
+Several calls, also on several machines, may share a folder of records. docs/sweeps.md tells more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -25,8 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
-from reporting import units, write_page  # noqa: E402
-from sweeps import Plan, Sweep, load_plan  # noqa: E402
+from reporting import load_run, units, write_page  # noqa: E402
+from sweeps import Plan, SearchSweep, Sweep, load_plan  # noqa: E402
+from sweeps.cluster import EXECUTORS, Cluster, read_options  # noqa: E402
+from sweeps.recipe import write_recipe  # noqa: E402
+from sweeps.slots import slots  # noqa: E402
 
 PLANS = ROOT / "configs" / "sweep"
 RECORDS = ROOT / "results" / "runs"
@@ -43,6 +51,8 @@ def with_rates(plan: Plan, records: Path) -> Plan:
     if not (PLANS / f"{plan.rates_from}.yaml").is_file():
         raise ValueError(f"{plan.name} takes its rates from {plan.rates_from}, which is no plan: correct rates_from.")
     grid = load_plan(PLANS / f"{plan.rates_from}.yaml")
+    if not grid.lr:
+        raise ValueError(f"{plan.name} takes its rates from {plan.rates_from}, which is no grid: correct rates_from.")
     beside = records / grid.name
     sweep = Sweep(grid, beside if beside.is_dir() else RECORDS / grid.name)
     sweep.read()
@@ -57,14 +67,29 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     parser.add_argument("plan", help=f"a file, or the name of one in configs/sweep: {names}")
     parser.add_argument("--out", type=Path, help="folder of the records; default results/runs/PLAN")
     parser.add_argument("--figure", type=Path, help="of the report; default results/figures/PLAN.png")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=int, help="runs at the same time; default: as many as the GPUs allow, or 1")
+    parser.add_argument("--gpus", type=_names, help="to use, as in 0,1,2,3; default: all that are there")
+    parser.add_argument("--gpus-per-job", type=int, default=1, help="more than one: started by torchrun")
+    parser.add_argument(
+        "--executor", default="process", choices=["process", *EXECUTORS], help="process: here; others: submitit's"
+    )
+    parser.add_argument("--slurm", type=Path, metavar="FILE", help="options of jobs, as configs/sweep/slurm/*.yaml")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of jobs, as in timeout_min=600"
+    )
+    parser.add_argument("--wait", action="store_true", help="for submitted jobs, until nothing is missing")
+    parser.add_argument(
+        "--write-recipe", type=Path, metavar="DIR", help="the best of each method as DIR/METHOD-MODEL.yaml; run nothing"
+    )
     parser.add_argument("--only", type=_names, help="some of its optimizers or variants, as in alice,racs")
     parser.add_argument("--report-only", action="store_true", help="tables and figures from the records, run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for train.py")
     asked = parser.parse_intermixed_args(words)
-    if asked.jobs < 1:
-        parser.error("--jobs must be at least 1.")
+    if (asked.jobs is not None and asked.jobs < 1) or asked.gpus_per_job < 1:
+        parser.error("--jobs and --gpus-per-job must be at least 1.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("a sweep starts its runs itself: call it without accelerate launch, torchrun or srun.")
     odd = [word for word in asked.settings if "=" not in word]
     if odd:
         parser.error(f"cannot read {odd[0]!r}: write settings as key=value.")
@@ -74,16 +99,21 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     out = (asked.out or RECORDS / file.stem).resolve()
     try:
         plan = with_rates(load_plan(file, asked.only), out.parent)
-        sweep = Sweep(plan, out, asked.settings, asked.jobs, **commands)
+        kind = SearchSweep if plan.search else Sweep
+        here = asked.executor == "process" and not (asked.report_only or asked.dry_run or asked.write_recipe)
+        places = slots(asked.jobs, asked.gpus, asked.gpus_per_job) if here else [()] * (asked.jobs or 1)
+        sweep = kind(plan, out, asked.settings, places, **commands)
         sweep.read()
         if asked.report_only:
             return _report(plan, out, asked.figure)
+        if asked.write_recipe:
+            return _recipes(sweep, asked.write_recipe)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     missing = sweep.missing()
     print(
-        f"{plan.name}: {len(sweep.results)} runs recorded, {len(missing)} to do"
+        f"{plan.name}: {len(sweep.results)} runs recorded, {sweep.known() - len(sweep.results)} to do"
         f"{', more as the grids grow' if plan.extend else ''}; about {units.duration(sweep.remaining())} "
         f"at {plan.seconds:g} s a run.",
         flush=True,
@@ -93,10 +123,17 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     if asked.dry_run:
         for job in missing:
             print(shlex.join(["python", "train.py", *sweep.arguments(job)]))
+        if plan.search:
+            print(f"and {sweep.known() - sweep.ended() - len(missing)} runs whose settings Optuna chooses one by one")
         return 0
     try:
-        if missing:
-            note(out, words, asked.jobs)
+        if sweep.known() > sweep.ended():
+            note(out, words, len(places))
+        if asked.executor != "process":
+            if asked.gpus_per_job > 1:
+                asked.option.insert(0, f"gpus_per_node={asked.gpus_per_job}")
+            options = read_options(asked.slurm, asked.option, plan.slurm)
+            return _submit(Cluster(sweep, asked.executor, options, asked.jobs), asked)
         sweep.run()
         _report(plan, out, asked.figure)
     except (OSError, ValueError, RuntimeError) as error:
@@ -108,6 +145,46 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     for why in sweep.failed.values():
         print(f"error: {why}", file=sys.stderr)
     return 1 if sweep.failed else 0
+
+
+def _submit(cluster: Cluster, asked: argparse.Namespace) -> int:
+    """Submit what is missing; with --wait, stay until it has ended."""
+    before = cluster.busy()
+    if before:
+        print(f"{len(before)} jobs wait or run already: {', '.join(before.values())}.")
+    numbers = cluster.submit()
+    print(f"submitted {len(numbers)} jobs" + (f": {', '.join(numbers)}." if numbers else "."), flush=True)
+    if asked.wait:
+        cluster.wait()
+    lost = cluster.lost() if asked.wait or asked.executor == "debug" else {}
+    for why in lost.values():
+        print(f"error: {why}", file=sys.stderr)
+    sweep = cluster.sweep
+    if sweep.results:
+        _report(sweep.plan, sweep.out, asked.figure)
+    print(f"{len(sweep.results)} of {sweep.known()} runs recorded in {short(sweep.out)}")
+    return 1 if lost else 0
+
+
+def _recipes(sweep: Sweep, folder: Path) -> int:
+    """The best run of each method and model as a recipe; those whose grid or search has not ended are named."""
+    plan = sweep.plan
+    if plan.variants:
+        raise ValueError(f"{plan.name} tunes nothing, it compares variants: take the recipes from a grid or a search.")
+    left_out = []
+    for model in plan.models:
+        for name in plan.optimizers:
+            best = sweep.best(model, name)
+            if best is None:
+                left_out.append(f"{model} {name}" if model else name)
+            else:
+                runs = sum((job.model, job.optimizer) == (model, name) for job in sweep.jobs())
+                print(
+                    f"wrote {short(write_recipe(load_run(sweep.out / best.name), folder.resolve(), plan.name, runs))}"
+                )
+    if left_out:
+        print(f"error: no best yet of {', '.join(left_out)}: let their runs end first.", file=sys.stderr)
+    return 1 if left_out else 0
 
 
 def _report(plan: Plan, out: Path, figure: Path | None) -> int:
@@ -153,4 +230,6 @@ def _names(text: str) -> list[str]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: it goes on when the terminal is closed
+        signal.signal(signal.SIGHUP, _stop)
     raise SystemExit(main())

@@ -1,12 +1,14 @@
-"""Runs the jobs of a plan on this machine: one process each, a few at a time, records kept."""
+"""Runs the jobs of a plan on this machine: one process (or launcher) each, a few at a time, records kept."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,16 +20,23 @@ from typing import Any
 
 import yaml
 
+from pretraining.lock import RunLock
 from reporting import RECORD_FILES, load_run, units
 from reporting.records import lookup
 
+from .claims import claim, release
 from .plan import Job, Plan
+from .progress import Display, last_step
+from .slots import Slot, environment, exit_code, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = (sys.executable, str(ROOT / "train.py"))
 EVALUATOR = (sys.executable, str(ROOT / "eval.py"))
 DIVERGED = 3  # exit code of train.py for a loss that is not finite
 ATTEMPTS = 3  # of a job that crashes
+LOOK = 5.0  # seconds between looks at runs that another process is at
+PRUNED = "pruned.json"  # left by a search in the folder of a run that it has ended early
+KEPT = (*RECORD_FILES, PRUNED)
 
 # glibc gives large blocks back to the system and faults them in again at every step: a sixth of a small model's step on
 # a CPU (docs/performance.md). No number depends on it, and other C libraries ignore it.
@@ -38,17 +47,21 @@ MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 class Running:
     job: Job
     process: subprocess.Popen[bytes]
+    slot: Slot
+    lock: RunLock
     began: float = field(default_factory=time.monotonic)
 
 
 class Sweep:
-    """A plan on its way: every job in a folder of its own below ``out``, none run twice.
+    """A plan on its way: every job in a folder of its own below ``out``, none run twice, also by several processes.
 
     Args:
         out: folder of the records.
         settings: arguments of train.py that all jobs share, after the plan's own.
-        jobs: processes at a time.
+        slots: where runs go, one at a time in each (slots.py).
         trainer, evaluator: commands; the arguments of a job are appended.
+        chosen: the jobs of the plan that this process is for; default: all.
+        patient: wait for runs that other processes are at, in case they do not end.
     """
 
     def __init__(
@@ -56,17 +69,21 @@ class Sweep:
         plan: Plan,
         out: Path,
         settings: Sequence[str] = (),
-        jobs: int = 1,
+        slots: Sequence[Slot] = ((),),
         trainer: Sequence[str] = TRAINER,
         evaluator: Sequence[str] = EVALUATOR,
+        chosen: Sequence[Job] | None = None,
+        patient: bool = True,
     ) -> None:
-        self.plan, self.out, self.settings, self.parallel = plan, out, list(settings), jobs
+        self.plan, self.out, self.settings, self.slots, self.chosen = plan, out, list(settings), list(slots), chosen
+        self.patient = patient
         self.trainer, self.evaluator = list(trainer), list(evaluator)
         self.results: dict[str, float] = {}
-        self.text: str | None = None  # fingerprint of the training text, the same for all
+        self.texts: set[str | None] = set()  # fingerprints of the training text: one, the same for all
         self.failed: dict[str, str] = {}  # jobs given up, and why
         self.crashes: Counter[str] = Counter()
         self.running: dict[str, Running] = {}
+        self.others: dict[str, float] = {}  # jobs that another process is at, and when to look again
         self.timed: list[float] = []
         self.began = time.monotonic()
 
@@ -75,7 +92,12 @@ class Sweep:
         # Relative to the repository where possible: records are committed, and paths of this machine say nothing.
         folder = self.out / job.name
         folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-        return [f"experiment={self.plan.experiment}", *job.arguments(), f"run_dir={folder}", *self.settings]
+        experiment = [f"experiment={self.plan.experiment}"] if self.plan.experiment else []
+        return [*experiment, *job.arguments(), f"run_dir={folder}", *self.settings]
+
+    def jobs(self) -> list[Job]:
+        """What is to be run, as far as that is known."""
+        return self.plan.jobs(self.results) if self.chosen is None else list(self.chosen)
 
     def read(self) -> None:
         """Take in the records that are there.
@@ -84,7 +106,7 @@ class Sweep:
             ValueError: a record of other settings than its job's.
         """
         while True:
-            new = [job for job in self.plan.jobs(self.results) if job.name not in self.results and self._ended(job)]
+            new = [job for job in self.jobs() if job.name not in self.results and self._ended(job)]
             for job in new:
                 self._take(job)
             if not new:
@@ -105,12 +127,12 @@ class Sweep:
     def _take(self, job: Job) -> None:
         run = load_run(self.out / job.name)
         text = lookup(run.environment, "data.train.listing_sha256")
-        if self.results and text != self.text:
+        self.texts.add(text)
+        if len(self.texts) > 1:
             raise ValueError(
                 f"{run.path} was trained on another text than the runs before it: give all the same data.path, or remove "
                 "that folder."
             )
-        self.text = text
         if math.isnan(run.perplexity):
             raise ValueError(
                 f"{run.path}/summary.json has no perplexity: remove that folder, and the run is done again."
@@ -125,9 +147,20 @@ class Sweep:
         self.results[job.name] = run.perplexity
 
     def missing(self) -> list[Job]:
-        return [
-            job for job in self.plan.jobs(self.results) if job.name not in self.results and job.name not in self.failed
-        ]
+        return [job for job in self.jobs() if job.name not in self.results and job.name not in self.failed]
+
+    def best(self, model: str | None, optimizer: str) -> Job | None:
+        """The run of the best rates (and the plan's first seed) of a finished grid; None before, or if all diverged."""
+        rates = self.plan.best(model, optimizer, self.results)
+        jobs = [job for job in self.jobs() if (job.model, job.optimizer) == (model, optimizer)]
+        return next((job for job in jobs if (job.lr, job.adam_lr) == rates), None)
+
+    def known(self) -> int:
+        """How many runs the sweep has, as far as that is known."""
+        return len(self.jobs())
+
+    def ended(self) -> int:
+        return len(self.results) + len(self.failed)
 
     def run(self) -> None:
         """Train until the plan asks for nothing more; ``failed`` holds what could not be done.
@@ -135,54 +168,94 @@ class Sweep:
         Raises:
             RuntimeError: train.py refuses the first run by its settings.
         """
-        self.read()
         self.out.mkdir(parents=True, exist_ok=True)
-        for job in self.plan.jobs(self.results):
+        self.read()
+        for job in self.jobs():
             if job.name in self.results:
                 self._tidy(job)  # of runs that ended while nobody looked on
         display = Display(self)
         try:
             while True:
-                for job in self.missing():
-                    if len(self.running) == self.parallel:
-                        break
-                    if job.name not in self.running:
-                        self.running[job.name] = Running(job, self._start(job))
+                self._fill()
                 if not self.running:
-                    return
+                    if not self.missing() or not self.patient:
+                        return
+                    time.sleep(LOOK)  # other processes are at the rest
+                    continue
                 time.sleep(0.05 if len(self.timed) < 3 else 0.5)
                 for name, entry in list(self.running.items()):
                     if entry.process.poll() is not None:
+                        outcome = self._end(entry)
                         del self.running[name]
-                        display.say(entry.job, self._end(entry))
+                        release(entry.lock)
+                        display.say(entry.job, outcome)
+                    else:
+                        self._watch(entry)
                 display.refresh()
         finally:
+            self.stop()
             for entry in self.running.values():
-                entry.process.terminate()
-            for entry in self.running.values():
-                entry.process.wait()
+                release(entry.lock)
             display.close()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End all runs by a signal and wait; they leave a checkpoint."""
+        for entry in self.running.values():
+            entry.process.send_signal(number)
+        for entry in self.running.values():
+            entry.process.wait()
+
+    def _fill(self) -> None:
+        """Start what is missing, as far as there is room."""
+        free = list(self.slots)
+        for entry in self.running.values():
+            free.remove(entry.slot)
+        for job in self.missing():
+            if not free:
+                return
+            if job.name in self.running or time.monotonic() < self.others.get(job.name, 0):
+                continue
+            lock = claim(self.out / job.name)
+            if lock is None:
+                self.others[job.name] = time.monotonic() + LOOK
+            elif self._ended(job):  # by another process, meanwhile
+                self._tidy(job)
+                self._take(job)
+                release(lock)
+                return  # what is missing may be something else now
+            else:
+                slot = free.pop(0)
+                self.running[job.name] = Running(job, self._start(job, slot), slot, lock)
+
+    def _watch(self, entry: Running) -> None:
+        """Look at a run on its way."""
 
     def remaining(self) -> float:
         """Seconds that the jobs known so far will take, by the mean of those timed."""
         each = sum(self.timed) / len(self.timed) if self.timed else self.plan.seconds
-        return len(self.missing()) * each / self.parallel
+        return (self.known() - self.ended()) * each / len(self.slots)
 
     def _log(self, job: Job) -> Path:
         return self.out / f"{job.name}.log"
 
-    def _start(self, job: Job) -> subprocess.Popen[bytes]:
-        environment = {"GLIBC_TUNABLES": MALLOC, **os.environ}
-        if self.parallel > 1:  # or every process would take all cores and they would slow each other down
-            environment["OMP_NUM_THREADS"] = str(max(1, cores() // self.parallel))
+    def _start(self, job: Job, slot: Slot) -> subprocess.Popen[bytes]:
+        variables = {"GLIBC_TUNABLES": MALLOC, **os.environ, **environment(slot, len(self.slots))}
         # A finished run that lacks an evaluation only needs that.
         folder = self.out / job.name
         owed = self._owed(folder) if (folder / "summary.json").is_file() else []
-        command = self._evaluation(folder, owed[0]) if owed else [*self.trainer, *self.arguments(job)]
+        training = [*launch(self.trainer, slot), *self.arguments(job)]
+        command = self._evaluation(folder, owed[0]) if owed else training
         self._log(job).parent.mkdir(parents=True, exist_ok=True)
         with self._log(job).open("wb") as log:
             return subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches this process alone, which passes one signal on: a second one would end the run at once.
+                process_group=0,
             )
 
     def _evaluation(self, folder: Path, name: str) -> list[str]:
@@ -191,9 +264,10 @@ class Sweep:
 
     def _end(self, entry: Running) -> str:
         """Keep the record of a process that has ended, or count its crash; says what became of it."""
-        job, code = entry.job, entry.process.returncode
+        job = entry.job
         folder, log = self.out / job.name, self._log(job)
         text = log.read_text(encoding="utf-8", errors="replace")
+        code = exit_code(entry.process.returncode, text)
         evaluated = folder / "evaluation.json"
         if code == DIVERGED and (folder / "config.yaml").is_file():
             (folder / "diverged.json").write_text(json.dumps(divergence(text, folder), indent=2) + "\n")
@@ -216,9 +290,9 @@ class Sweep:
 
     def _tidy(self, job: Job) -> None:
         """Leave only the record of a run that has ended: it is committed."""
-        for path in (self.out / job.name).iterdir():
-            if path.name not in RECORD_FILES:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (self.out / job.name).glob("*"):
+            if path.name not in KEPT:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._log(job).unlink(missing_ok=True)
 
     def _crash(self, job: Job, code: int, text: str) -> str:
@@ -235,77 +309,20 @@ class Sweep:
         return f"{what}; given up"
 
 
-class Display:
-    """A line for each job that ends; on a terminal, below them, a table of what runs and how far each optimizer is."""
-
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep, self.live, self.lines, self.drawn = sweep, sys.stdout.isatty(), 0, 0.0
-
-    def say(self, job: Job, outcome: str) -> None:
-        self._wipe()
-        sweep = self.sweep
-        known = len(sweep.plan.jobs(sweep.results))
-        done = len(sweep.results) + len(sweep.failed)
-        times = (
-            f"elapsed {units.duration(time.monotonic() - sweep.began)}, about {units.duration(sweep.remaining())} left"
-        )
-        print(f"[{done}/{known}] {job.name}: {outcome}   {times}", flush=True)
-        self.drawn = 0.0
-
-    def refresh(self) -> None:
-        if not self.live or time.monotonic() - self.drawn < 2:
-            return
-        self.drawn = time.monotonic()
-        text = table(self.sweep)
-        self._wipe()
-        self.lines = len(text)
-        print("\n".join(text), flush=True)
-
-    def close(self) -> None:
-        self._wipe()
-
-    def _wipe(self) -> None:
-        if self.lines:
-            print(f"\x1b[{self.lines}A\x1b[J", end="", flush=True)
-            self.lines = 0
-
-
-def table(sweep: Sweep) -> list[str]:
-    """Progress by model and optimizer, and how far each running job is; no line wider than the terminal."""
-    rows: dict[tuple[str, str], list[Job]] = {}
-    for job in sweep.plan.jobs(sweep.results):
-        rows.setdefault((job.model or "", job.optimizer), []).append(job)
-    lines = [f"{'':<16}{'optimizer':<16}{'runs':>9}  best so far"]
-    for (model, name), jobs in rows.items():
-        ended = {job.name: sweep.results[job.name] for job in jobs if job.name in sweep.results}
-        best = min(ended, key=lambda job: ended[job]) if ended else None
-        note = f"{units.perplexity(ended[best])}  {best.rpartition('/')[2]}" if best else ""
-        lines.append(f"{model:<16}{name:<16}{len(ended):>4}/{len(jobs):<4}  {note}")
-    for entry in sweep.running.values():
-        lines.append(f"running {entry.job.name}: step {last_step(sweep.out / entry.job.name)}")
-    lines.append(f"about {units.duration(sweep.remaining())} left")
-    width = shutil.get_terminal_size().columns
-    return [line[: width - 1] for line in lines]
-
-
-def last_step(folder: Path) -> int:
-    """The last step on a run's record, 0 where there is none yet."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_bytes().splitlines() if file.is_file() else []
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # the line that is being written
-    return 0
-
-
 def asked_for(arguments: Sequence[str]) -> dict[str, Any]:
     """What a job's arguments must have become in its record: plain values by key, and the names of the groups."""
     pairs = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    wanted = {key: yaml.safe_load(value) for key, value in pairs.items() if "." in key and key != "data.path"}
+    wanted = {key: _value(value) for key, value in pairs.items() if "." in key and key != "data.path"}
     wanted |= {f"{group}.name": pairs[group] for group in ("model", "optimizer") if group in pairs}
     return wanted | {"seed": int(pairs["seed"])}
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # 1e-05, a number for Hydra but none for YAML
+            return float(value)
+    return value
 
 
 def divergence(text: str, folder: Path) -> dict[str, Any]:
@@ -321,8 +338,3 @@ def _merge(file: Path, name: str, evaluated: Path) -> None:
     result = json.loads(evaluated.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**there, name: result}, indent=2) + "\n", encoding="utf-8")
     evaluated.unlink()
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,6 @@
 """Plans of sweeps: a file of configs/sweep/, and the runs that it asks for given what is known already.
 
-A plan is one of two kinds. A *grid* gives each optimizer matrix rates and rates of the Adam group:
+A plan is one of three kinds. A *grid* gives each optimizer matrix rates and rates of the Adam group:
 
     experiment: fair
     models: [llama_tiny, llama_tiny_4k]   # default: the experiment's model
@@ -22,6 +22,20 @@ A plan is one of two kinds. A *grid* gives each optimizer matrix rates and rates
 with the keys ``optimizer`` (default: the variant's name), ``rates`` (of which optimizer; default: its own), ``lr_factor``,
 ``adam_lr`` and ``settings``. Both kinds may ``evaluate`` each run on other text: names, with arguments of eval.py.
 
+A *search* lets Optuna choose (search.py); each optimizer has its own, of equally many runs:
+
+    seeds: [42]                           # one
+    search:
+      trials: 30                          # of each optimizer
+      span: 10                            # a number v below stands for the range v / 10 to 10 v
+      seed: 0                             # of the sampler
+      prune: median                       # runs that look bad: median | halving | none
+      prune_from: 1000                    # not before this step
+      ranges: {adam: {lr: 0.001}, alice: {lr: 0.02, scale: 0.3, adam_lr: [0.0005, 0.05]}}
+
+Names without a dot are the optimizer's. All ranges are logarithmic; the first run is at the middle of each. Any plan may have
+``slurm``: options of the jobs, for ``--executor slurm`` (cluster.py).
+
 What comes next may depend on results (a grid grows until its best pair is interior), so a plan is asked again after
 every run: ``plan.jobs(results)``.
 """
@@ -39,8 +53,10 @@ import yaml
 
 KEYS = {
     "experiment", "models", "seeds", "adam_lr", "lr", "extend", "near", "more_seeds", "settings", "settings_of",
-    "rates_from", "variants", "evaluate", "report", "seconds",
+    "rates_from", "variants", "evaluate", "report", "seconds", "search", "slurm",
 }  # fmt: skip
+SEARCH_KEYS = {"trials", "span", "seed", "prune", "prune_from", "ranges"}
+PRUNERS = ("median", "halving", "none")
 VARIANT_KEYS = {"optimizer", "rates", "lr_factor", "adam_lr", "settings"}
 
 Results = Mapping[str, float]  # final perplexity of the jobs that have ended, by name; infinite if diverged
@@ -48,7 +64,10 @@ Results = Mapping[str, float]  # final perplexity of the jobs that have ended, b
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: ``name`` is its folder below the sweep's, ``overrides`` the arguments of train.py."""
+    """One training run: ``name`` is its folder below the sweep's, ``overrides`` the arguments of train.py.
+
+    A rate that is NaN is the recipe's.
+    """
 
     name: str
     optimizer: str
@@ -61,8 +80,20 @@ class Job:
     def arguments(self) -> list[str]:
         """For train.py, but ``run_dir``."""
         model = [f"model={self.model}"] if self.model else []
-        rates = [f"optimizer.lr={self.lr:g}", f"optimizer.adam_lr={self.adam_lr:g}"]
+        given = {"lr": self.lr, "adam_lr": self.adam_lr}
+        rates = [f"optimizer.{key}={rate:g}" for key, rate in given.items() if not math.isnan(rate)]
         return [*model, f"optimizer={self.optimizer}", *rates, f"seed={self.seed}", *self.overrides]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What Optuna searches: ``ranges`` by optimizer and dotted setting, (lowest, highest), on a log scale."""
+
+    trials: int
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+    seed: int = 0
+    prune: str = "none"
+    prune_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +101,7 @@ class Plan:
     """A sweep. Attributes are the keys of its file; ``rates`` are those of ``rates_from``, by model and optimizer."""
 
     name: str
-    experiment: str
+    experiment: str | None
     models: tuple[str | None, ...] = (None,)
     seeds: tuple[int, ...] = (42,)
     adam_lr: tuple[float, ...] | Mapping[str, tuple[float, ...]] = ()
@@ -86,13 +117,18 @@ class Plan:
     evaluate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     report: str | None = None
     seconds: float = 120.0
+    search: Search | None = None
+    slurm: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def optimizers(self) -> list[str]:
-        return list(self.lr or self.variants)
+        return list(self.search.ranges if self.search else self.lr or self.variants)
 
     def jobs(self, results: Results) -> list[Job]:
-        """Every run that the plan asks for, in the order of wanting them, given the results so far."""
+        """Every run that the plan asks for, in the order of wanting them, given the results so far.
+
+        Of a search, none: Optuna knows them.
+        """
         if self.variants:
             return list(self._variants())
         return [job for model, name in product(self.models, self.lr) for job in self._grid(model, name, results)]
@@ -214,31 +250,23 @@ def load_plan(path: Path, only: list[str] | None = None) -> Plan:
     if not isinstance(given, dict) or not (given.keys() <= KEYS) or "experiment" not in given:
         wrong = ", ".join(sorted(map(str, set(given) - KEYS))) if isinstance(given, dict) else "no mapping"
         raise ValueError(f"{path} is not a plan ({wrong or 'no experiment'}): its keys are {', '.join(sorted(KEYS))}.")
-    if ("lr" in given) == ("variants" in given) or ("lr" in given) != ("adam_lr" in given):
-        raise ValueError(f"{path} must have either lr and adam_lr (a grid) or variants and rates_from.")
+    if sum(key in given for key in ("lr", "variants", "search")) != 1 or ("lr" in given) != ("adam_lr" in given):
+        raise ValueError(f"{path} must have either lr and adam_lr (a grid), or variants and rates_from, or search.")
     if "variants" in given and "rates_from" not in given:
         raise ValueError(f"{path} has variants but no rates_from: name the plan whose best rates they take.")
     for key in ("models", "seeds", "more_seeds", "settings"):
         if not isinstance(given.get(key, []), list):
             raise ValueError(f"{path}: {key} must be a list, not {given[key]!r}: write [{given[key]}].")
-    for key in ("lr", "variants", "settings_of", "evaluate"):
+    for key in ("lr", "variants", "settings_of", "evaluate", "search", "slurm"):
         if key in given and not (isinstance(given[key], dict) and given[key]):
             raise ValueError(
                 f"{path}: {key} must be a mapping of names, not {given[key]!r}: fill it in, or leave it out."
             )
+    if "search" in given:
+        return _search_plan(given, path, only)
     names = list(given.get("lr") or given["variants"])
-    unknown = [name for name in only or [] if name not in names]
-    if unknown:
-        raise ValueError(f"{path.name} has no {', '.join(unknown)}: choose from {', '.join(names)}.")
-    wanted = only or names
-    values: dict[str, Any] = {
-        key: given[key] for key in ("experiment", "extend", "near", "rates_from", "report", "seconds") if key in given
-    }
-    for key in ("models", "seeds", "more_seeds", "settings"):
-        if key in given:
-            values[key] = tuple(given[key])
-    for key in ("settings_of", "evaluate"):
-        values[key] = {name: tuple(items) for name, items in (given.get(key) or {}).items()}
+    wanted = _wanted(names, only, path)
+    values = _common(given)
     if "lr" in given:
         values["lr"] = {name: _rates(given["lr"][name], given.get("extend", 0), path) for name in wanted}
         adam = given["adam_lr"]
@@ -255,6 +283,71 @@ def load_plan(path: Path, only: list[str] | None = None) -> Plan:
                 f"{path}: a variant has no {', '.join(sorted(odd))}: its keys are {', '.join(sorted(VARIANT_KEYS))}."
             )
     return Plan(name=path.stem, **values)
+
+
+def _wanted(names: list[str], only: list[str] | None, path: Path) -> list[str]:
+    unknown = [name for name in only or [] if name not in names]
+    if unknown:
+        raise ValueError(f"{path.name} has no {', '.join(unknown)}: choose from {', '.join(names)}.")
+    return only or names
+
+
+def _common(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What all kinds of plans share."""
+    plain = ("experiment", "extend", "near", "rates_from", "report", "seconds", "slurm")
+    values = {key: given[key] for key in plain if key in given}
+    values |= {key: tuple(given[key]) for key in ("models", "seeds", "more_seeds", "settings") if key in given}
+    for key in ("settings_of", "evaluate"):
+        values[key] = {name: tuple(items) for name, items in (given.get(key) or {}).items()}
+    return values
+
+
+def _search_plan(given: Mapping[str, Any], path: Path, only: list[str] | None) -> Plan:
+    search = given["search"]
+    other = given.keys() & {"extend", "near", "more_seeds", "rates_from", "evaluate"}
+    if other:
+        raise ValueError(f"{path}: a search has no {', '.join(sorted(other))}: leave it out.")
+    if not (search.keys() <= SEARCH_KEYS) or not {"trials", "ranges"} <= search.keys():
+        raise ValueError(
+            f"{path}: search needs trials and ranges, and may have {', '.join(sorted(SEARCH_KEYS))}, not "
+            f"{', '.join(sorted(map(str, search)))}: correct its keys."
+        )
+    if len(given.get("seeds", [42])) != 1:
+        raise ValueError(f"{path}: the runs of a search have one seed, not {given['seeds']}: give one.")
+    counts = {"trials": 1, "seed": 0, "prune_from": 0}
+    for key, least in counts.items():
+        value = search.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{path}: {key} of search must be a whole number from {least} on, not {value!r}.")
+    if search.get("prune", "none") not in PRUNERS:
+        raise ValueError(f"{path}: prune must be one of {', '.join(PRUNERS)}, not {search['prune']!r}.")
+    ranges = search["ranges"]
+    if not isinstance(ranges, dict) or not all(isinstance(keys, dict) and keys for keys in ranges.values()):
+        raise ValueError(f"{path}: ranges must name optimizers, and settings of each, as in alice: {{lr: 0.02}}.")
+    found = {
+        name: {
+            key if "." in key else f"optimizer.{key}": _range(value, search.get("span"), f"{path}: {key} of {name}")
+            for key, value in ranges[name].items()
+        }
+        for name in _wanted(list(ranges), only, path)
+    }
+    chosen = {key: search[key] for key in ("trials", "seed", "prune", "prune_from") if key in search}
+    return Plan(name=path.stem, search=Search(ranges=found, **chosen), **_common(given))
+
+
+def _range(value: Any, span: Any, what: str) -> tuple[float, float]:
+    try:
+        if isinstance(value, list):
+            low, high = map(float, value)
+        else:
+            low, high = float(value) / float(span), float(value) * float(span)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{what} must be [lowest, highest], or a number if search has a span, not {value!r}."
+        ) from None
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"{what} must be a range of positive numbers, the lower one first, not {low:g} to {high:g}.")
+    return float(f"{low:.6g}"), float(f"{high:.6g}")
 
 
 def _rates(values: list[float], extend: int, path: Path) -> tuple[float, ...]:

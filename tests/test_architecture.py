@@ -32,10 +32,10 @@ MAY_IMPORT = {
     "pretraining": {"optimizers", "data"},
     "reporting": {"optimizers.memory"},
     "benchmarking": {"optimizers", "data", "pretraining", "reporting", "sweeps.local"},
-    "sweeps": {"reporting"},
+    "sweeps": {"reporting", "pretraining.lock", "data.errors"},  # a run that others work on is left to them
 }
 # Costly or optional packages: imported inside the function that needs them, if at all.
-LAZY = {"wandb", "tensorboard", "matplotlib", "scipy"}
+LAZY = {"wandb", "tensorboard", "matplotlib", "scipy", "optuna", "submitit"}
 
 
 def imports(source: str, top_level_only: bool = False, depth: int = 1) -> Iterator[tuple[str, int]]:

@@ -13,8 +13,9 @@ import yaml
 
 from reporting import find_runs, load_run
 from scripts import sweep as command
-from sweeps.local import MALLOC, cores
-from sweeps.local import table as command_table
+from sweeps.local import MALLOC
+from sweeps.progress import table as command_table
+from sweeps.slots import cores
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -174,9 +174,24 @@ def test_the_committed_plans_can_be_read_and_name_each_run_once(file):
         for model in plan.models
         for v in plan.variants.values()
     }
-    names = [job.name for job in replace(plan, rates=rates).jobs({})]
-    assert names and len(names) == len(set(names))
-    assert (ROOT / "configs" / "experiment" / f"{plan.experiment}.yaml").is_file()
+    if plan.search is None:
+        names = [job.name for job in replace(plan, rates=rates).jobs({})]
+        assert names and len(names) == len(set(names))
+    assert plan.experiment is None or (ROOT / "configs" / "experiment" / f"{plan.experiment}.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["paper_search", "paper_search_1b"])
+def test_the_papers_search_is_the_same_for_all_methods_around_the_published_rates(name):
+    plan = load_plan(ROOT / "configs" / "sweep" / f"{name}.yaml")
+    assert {"adam", "galore", "fira", "racs", "alice"} <= set(plan.optimizers)
+    for method, ranges in plan.search.ranges.items():
+        assert list(ranges) == ["optimizer.lr", "optimizer.adam_lr"]
+        assert ranges["optimizer.adam_lr"] == plan.search.ranges["adam"]["optimizer.adam_lr"]
+        low, high = ranges["optimizer.lr"]
+        assert high / low == pytest.approx(100)
+        for model in plan.models:
+            recipe = yaml.safe_load((ROOT / "configs" / "recipe" / f"{method}-{model}.yaml").read_text())
+            assert math.sqrt(low * high) == pytest.approx(recipe["optimizer"]["lr"])
 
 
 def test_the_committed_grid_of_make_compare_is_the_promised_one():

@@ -186,6 +186,7 @@ def alice(beta3: float) -> Callable[[int], dict[str, Any]]:
 
 QUIET = {"no_deprecation_warning": True}
 OTHER_ALICE = "never transposes; forms the m x m covariance and a complete QR"
+SOAPS = ("pytorch_optimizer SOAP", "heavyball SOAP")
 SOAP_CLOCK = Clock(SOAP_INTERVAL, place="group")
 
 
@@ -287,7 +288,8 @@ def all_groups() -> dict[str, list[Contestant]]:
             ),
         ],
         "soap": [
-            ours("soap", ["pytorch_optimizer SOAP", "heavyball SOAP"], form="published", update_interval=SOAP_INTERVAL),
+            ours("soap", SOAPS, form="published", update_interval=SOAP_INTERVAL),
+            low_products("soap", *SOAPS, form="published", update_interval=SOAP_INTERVAL),
             other(
                 "pytorch_optimizer SOAP",
                 "soap",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Context, MatrixOptimizer, bias_correction, check
+from .base import PRODUCTS, Context, MatrixOptimizer, bias_correction, check
 from .factored import Factored
 from .limiter import growth_limit
 from .linalg import (
@@ -20,6 +20,7 @@ from .linalg import (
 from .low_rank import (
     COMPENSATION,
     SWITCHING,
+    adam_quotient,
     basis_cosines,
     column_energy,
     draw_gaussian,
@@ -47,7 +48,6 @@ PARTS_OFF: dict[str, Any] = {
     "fix_signs": False,
     "products": "float32",
 }
-PRODUCTS = ("float32", "bfloat16")
 
 
 class Alice(MatrixOptimizer):
@@ -102,6 +102,7 @@ class Alice(MatrixOptimizer):
     """
 
     full_precision = frozenset({"Q", "p", "phi"})
+    as_stored = frozenset({"U", "m", "v"})
     moments: ClassVar[dict[str, bool]] = {"m": True, "v": False}
     tracks = True  # False: a method without beta_3
     basis_log: list[tuple[tuple[str, ...], Tensor]] | None = None  # of log_basis: names [B], cosines [B, 4]
@@ -232,9 +233,11 @@ class Alice(MatrixOptimizer):
         ritz = top_eigenvectors(G @ G.mT, r) if first else subspace_iteration(Q, U_prev)
         return switch(ritz, group["leading"], switching, ctx.generators)
 
+    def needs_energy(self, group: dict[str, Any]) -> bool:
+        return group["compensation"] != "none"
+
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Factored:
         """Lines 11 to 17 of Algorithm 4."""
-        beta1, beta2 = group["betas"][:2]
         U = self.basis(G, state, group, ctx)
         if group["products"] == "bfloat16":
             U = U.bfloat16()
@@ -243,9 +246,7 @@ class Alice(MatrixOptimizer):
         if group["tracking"]:
             state["Q"].lerp_(product(sigma, sigma.mT).to(state["Q"].dtype), 1 - group["betas"][2])  # line 12
         sigma = sigma.to(state["m"].dtype)
-        m = state["m"].lerp_(sigma, 1 - beta1)  # line 13
-        v = state["v"].mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)  # line 14
-        omega = m / v.sqrt().add_(group["eps"])  # line 15
+        omega = adam_quotient(sigma, state["m"], state["v"], group["betas"][:2], group["eps"])  # lines 13 to 15
         return self.compose(G, U, sigma, omega, state, group, ctx)  # lines 16 and 17
 
     def factor(self, shape: torch.Size, group: dict[str, Any], ctx: Context) -> float | Tensor:
@@ -274,9 +275,9 @@ class Alice(MatrixOptimizer):
         gamma, eps, alpha_c = group["limiter"], group["eps"], group["compensation_scale"]
         gaussian = "gaussian" in group["switching"]
         accuracy = rounding(U, ctx), not gaussian and not is_rounded(U, ctx)
-        residual = residual_energy(G, U, sigma, *accuracy)
+        residual = residual_energy(G, U, sigma, *accuracy, whole=ctx.energy_of(G))
         if group["compensation"] == "optimal":
-            energy = column_energy(G) - column_energy(sigma) if gaussian else residual
+            energy = ctx.energy_of(G) - column_energy(sigma) if gaussian else residual
             c, state["p"], state["phi"] = optimal_compensation(
                 energy, residual, m - r, state["p"], state["phi"], group["betas"][0], gamma, eps
             )

@@ -118,6 +118,9 @@ class Apollo(Alice):
         elif group["store_projection"]:
             state["U"] = self.draw(G, group, ctx)
 
+    def needs_energy(self, group: dict[str, Any]) -> bool:
+        return True
+
     def basis(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         return state["U"] if "U" in state else self.draw(G, group, ctx)
 
@@ -138,8 +141,8 @@ class Apollo(Alice):
         ctx: Context,
     ) -> Factored:
         """eta G Diag(s), with norms of G / c, whose squares float32 can hold."""
-        c = ctx.scale_of(G)
-        whole, in_space, projected = column_energy(G * (1 / c)), column_energy(omega), column_energy(sigma * (1 / c))
+        c, X, projection = ctx.moderate(G, sigma)
+        whole, in_space, projected = ctx.energy_of(X), column_energy(omega), column_energy(projection)
         if group["scaling"] == "tensor":
             whole, in_space, projected = (x.sum(-1, keepdim=True) for x in (whole, in_space, projected))
         # A column that U misses altogether would be divided by rounding errors.

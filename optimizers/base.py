@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
 from .factored import Factored
-from .linalg import bounded, largest_entry, matmul_rounding
+from .linalg import MODERATE, bounded, column_energy, largest_entry, looks_are_free, matmul_rounding
 from .quantization import dequantize, new_codes, quantize
 from .sharding import Owners, is_sharded, local, parameter_names, shard, sharded_dim
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
 
+PRODUCTS = ("float32", "bfloat16")  # what matrix products are computed from, where it is an option
 STATE_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
 
 # Where matrices of one shape are stacked and updated together. On the CPU one at a time is fastest: its products
@@ -46,6 +47,7 @@ class Context:
         estimate: [B, m, n], what ``update_estimate`` was given for these matrices, if anything (Sophia).
         seed: the group's.
         largest: [B, 1, 1], the largest absolute entry of each matrix of the gradient, where it was needed already.
+        energy: [B, n], the squared norms of the gradient's columns, where they were needed already.
         rounding: of the factors of float32 products, see ``linalg.matmul_rounding``.
         stored: dtype that the states of the matrix are kept in; None for the one they are computed in.
     """
@@ -57,6 +59,7 @@ class Context:
     W: Tensor | None = None
     estimate: Tensor | None = None
     largest: Tensor | None = None
+    energy: Tensor | None = None
     rounding: float = 2.0**-23
     stored: torch.dtype | None = None
 
@@ -76,6 +79,23 @@ class Context:
         """The largest absolute entry of each matrix of the gradient, at least the smallest normal number: [B, 1, 1]."""
         largest = largest_entry(G) if self.largest is None else self.largest
         return largest.clamp_min(torch.finfo(G.dtype).tiny)
+
+    def moderate(self, G: Tensor, *linear: Tensor) -> tuple[Tensor, ...]:
+        """c [B, 1, 1], and ``G`` and what is ``linear`` in it divided by c, so that float32 can hold their squares.
+
+        c is the largest entry of each matrix, or 1, without a pass over G, where it is known that squares are harmless.
+        """
+        known = self.energy is not None
+        if not known and self.largest is not None and looks_are_free(G):
+            known = all(MODERATE[0] <= c <= MODERATE[1] for c in self.largest.flatten().tolist())
+        if known:
+            return G.new_ones(len(G), 1, 1), G, *linear
+        c = self.scale_of(G)
+        return c, G * (1 / c), *(x * (1 / c) for x in linear)
+
+    def energy_of(self, G: Tensor) -> Tensor:
+        """Squared norms of the columns of the gradient as ``direction`` or :meth:`moderate` gave it: [B, n]."""
+        return column_energy(G) if self.energy is None else self.energy
 
     def _generator(self, name: str, step: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{name}/{step}".encode()).digest()
@@ -107,6 +127,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         uses_weights: True if ``ctx.W`` is wanted.
         applies_scale: True if ``direction`` returns what is already multiplied by ``group["scale"]`` where it should be.
         moments: name -> signed, of the states that ``state_dtype="8bit"`` keeps as block-wise 8-bit codes.
+        as_stored: names of states that ``direction`` gets in bfloat16 where they are kept and products are computed in it:
+            it multiplies with them, or changes them by operations that compute in float32 and round once.
         full_precision: names of states that are always float32 (float64 for float64 parameters); the others have
             ``group["state_dtype"]``, None meaning the parameter's.
     """
@@ -117,6 +139,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     uses_weights = False
     applies_scale = False
     moments: ClassVar[dict[str, bool]] = {}
+    as_stored: frozenset[str] = frozenset()
     full_precision: frozenset[str] = frozenset()
     # of the class, as torch's optimizers copy and pickle nothing but groups and states
     _estimates: Mapping[Tensor, Tensor] = MappingProxyType({})
@@ -175,6 +198,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def check_matrix(self, name: str, shape: tuple[int, int], group: dict[str, Any]) -> None:
         """Raise ValueError for a matrix that the method cannot serve."""
+
+    def needs_energy(self, group: dict[str, Any]) -> bool:
+        """Does ``direction`` ask for ``ctx.energy_of(G)``? Then that says, too, that no entry of G is too large."""
+        return False
 
     def compile(self, **options: Any) -> None:
         """Let torch.compile fuse direction and update of the weights, for every shape apart; refreshes stay as they are.
@@ -314,22 +341,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[list[Tensor], Context]]:
         """Parameters that can be updated by the same tensor operations, with their step advanced."""
-        batches: dict[tuple, tuple[list[Tensor], list[str]]] = {}
+        batches: dict[Any, tuple[list[Tensor], list[str]]] = {}
         for name, p in zip(self._names(group), group["params"], strict=True):
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
                 raise ValueError(f"the gradient of {name} is sparse; make it dense, or give this tensor to Adam")
-            if not self.state[p]:
+            state = self.state[p]
+            if not state:
                 self._init(p, group)
-            self.state[p]["step"] += 1
+            state["step"] += 1
             alone = p.device.type not in BATCHED_DEVICES
-            key = (p.shape, p.dtype, p.device, self.state[p]["step"], name if alone else None)
+            key = len(batches) if alone else (p.shape, p.dtype, p.device, state["step"])
             params, names = batches.setdefault(key, ([], []))
             params.append(p)
             names.append(name)
-        for (shape, _, _, step, _), (params, names) in batches.items():
-            per_chunk = max(1, CHUNK_ENTRIES // shape.numel())
+        rounding = matmul_rounding()
+        for params, names in batches.values():
+            per_chunk = max(1, CHUNK_ENTRIES // params[0].numel())
+            step = self.state[params[0]]["step"]
             transposed = self._is_turned(params[0], group)
             for i in range(0, len(params), per_chunk):
                 chunk = slice(i, i + per_chunk)
@@ -342,7 +372,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         transposed,
                         group.get("seed", 0),
                         stored=stored,
-                        rounding=matmul_rounding(),
+                        rounding=rounding,
                     ),
                 )
 
@@ -353,7 +383,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         low = group.get("products") == "bfloat16" and params[0].dtype == torch.bfloat16  # then G is not widened
         G = stack([turn(p.grad) for p in params], torch.bfloat16 if low else compute)
         if self.bounds:
-            G, ctx.largest = bounded(G)
+            energy = column_energy(G) if looks_are_free(G) and self.needs_energy(group) else None
+            G, ctx.largest = bounded(G, energy)
+            ctx.energy = energy if ctx.largest is None else None
         if self.uses_weights:
             ctx.W = stack([turn(p) for p in params], compute)
         if self._estimates:
@@ -364,7 +396,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self.refresh(G.to(compute), state, group, ctx)
             self._scatter(params, state)  # a basis kept in bfloat16 is rounded before its first use, as after a resume
 
-        state = self._gather(params, compute)
+        kept = self.as_stored if low and ctx.stored == torch.bfloat16 else frozenset()
+        state = self._gather(params, compute, kept)
         factor = self.factor(params[0].shape, group, ctx)
         decay = group["lr"] * group["weight_decay"] if group["weight_decay"] else None
         if self._compiled:
@@ -412,9 +445,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     state[name], state[f"{name}_absmax"] = new_codes(state[name].shape, self.moments[name])
         return {"step": 0, **state}
 
-    def _gather(self, params: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def _gather(
+        self, params: list[Tensor], dtype: torch.dtype, kept: frozenset[str] = frozenset()
+    ) -> dict[str, Tensor]:
+        """The states in ``dtype``, but for those that are ``kept`` as they are."""
         names = [name for name in self.state[params[0]] if name != "step" and not name.endswith("_absmax")]
-        return {name: stack([self._load(p, name) for p in params], dtype) for name in names}
+        return {name: stack([self._load(p, name) for p in params], None if name in kept else dtype) for name in names}
 
     def _load(self, p: Tensor, name: str) -> Tensor:
         state = self.state[p]
@@ -521,7 +557,9 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
                 first.sub_(first * decay)  # not by 1 - decay, which is rounded
             D.subtract_from(first.unsqueeze(0), factor)
             return
-        D, factor = D.times(factor).dense(turned=first.stride(-2) == 1), 1.0
+        if isinstance(factor, Tensor):
+            D, factor = D.times(factor), 1.0
+        D = D.dense(turned=first.stride(-2) == 1)
     if isinstance(factor, Tensor):
         D, factor = D.to(compute) * factor, 1.0
     for p, d in zip(params, D.unbind(0), strict=True):
@@ -568,9 +606,7 @@ def stored_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     return getattr(torch, named) if named and named != "8bit" else p.dtype
 
 
-def stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """[B, ...] in ``dtype``; a view of the tensor itself where there is one and its dtype is right."""
-    if len(tensors) > 1:
-        return torch.stack(tensors).to(dtype)
-    alone = tensors[0]
-    return (alone if alone.dtype == dtype else alone.to(dtype)).unsqueeze(0)
+def stack(tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+    """[B, ...] in ``dtype`` (None: theirs); a view of the tensor itself where there is one and its dtype is right."""
+    batch = torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+    return batch if dtype is None else batch.to(dtype)

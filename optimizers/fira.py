@@ -106,7 +106,7 @@ class Fira(Alice):
         alpha = group["scale"]
         kept = alpha if group["residual"] == "scaled" else 1.0
         s = fira_scaling(sigma, omega, 1e-8)
-        energy = residual_energy(G, U, sigma, rounding(U, ctx), not is_rounded(U, ctx), kept)
+        energy = residual_energy(G, U, sigma, rounding(U, ctx), not is_rounded(U, ctx), kept, ctx.energy_of(G))
         eta, state["phi"] = growth_limit(
             (energy * s.square().squeeze(-2)).sum(-1).sqrt(), state["phi"], group["limiter"]
         )

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 # Muon's polynomial a x + b x^3 + c x^5: steepest at 0 among those that keep singular values near 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+# Products X X^T of fewer rows than twice these are computed whole: two smaller ones take as long.
+GRAM_ROWS = 128
+# Largest entries of a gradient whose squares, and products of four, may be added up in float32 as they are.
+MODERATE = (1e-5, 1e5)
 
 
 class NoConvergenceError(torch.linalg.LinAlgError):
@@ -21,14 +25,15 @@ class NoConvergenceError(torch.linalg.LinAlgError):
 
 
 def each(f: Callable[..., Any], X: Tensor, *options: Any) -> Any:
-    """``f(x, *options)`` for every x of ``X`` [B, ...], results stacked: products of single matrices, where B = 1.
+    """``f(x, *options)`` for every x of ``X`` [B, ...], results stacked: products of single matrices, on the CPU or if B = 1.
 
-    On the CPU these take less time than products of stacks, which elsewhere are the point.
+    There these take less time than products of stacks, which elsewhere are the point.
     """
-    if len(X) > 1:
+    if len(X) > 1 and X.device.type != "cpu":
         return torch.vmap(lambda x: f(x, *options))(X)
-    out = f(X[0], *options)
-    return tuple(x.unsqueeze(0) for x in out) if isinstance(out, tuple) else out.unsqueeze(0)
+    outs = [f(x, *options) for x in X.unbind(0)]
+    join = torch.stack if len(outs) > 1 else lambda alone: alone[0].unsqueeze(0)
+    return tuple(map(join, zip(*outs, strict=True))) if isinstance(outs[0], tuple) else join(outs)
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -36,14 +41,38 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     return A @ B if len(A) > 1 else (A[0] @ B[0]).unsqueeze(0)
 
 
+def gram(X: Tensor) -> Tensor:
+    """X X^T of ``X`` [m, n]. On the CPU three quarters of it: the lower left one is the upper right one, transposed."""
+    m = len(X)
+    if X.device.type != "cpu" or m < 2 * GRAM_ROWS:
+        return X @ X.mT
+    A, upper, lower = X.new_empty(m, m), X[: m // 2], X[m // 2 :]
+    torch.mm(upper, X.mT, out=A[: m // 2])
+    torch.mm(lower, lower.mT, out=A[m // 2 :, m // 2 :])
+    A[m // 2 :, : m // 2] = A[: m // 2, m // 2 :].mT
+    return A
+
+
+def column_energy(X: Tensor) -> Tensor:
+    """Squared norms of the columns of ``X`` [B, m, n], in float32 at least: [B, n]."""
+    if X.stride(-2) == 1 and X.dtype != torch.bfloat16:  # a tall matrix, turned: its columns lie side by side
+        return torch.linalg.vector_norm(X, dim=-2).square_()
+    return (X.float().square_() if X.dtype == torch.bfloat16 else X.square()).sum(-2)
+
+
+def looks_are_free(X: Tensor) -> bool:
+    """May the host look at numbers of ``X`` without waiting for a device, and without ending a compiled graph?"""
+    return X.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def largest_entry(X: Tensor) -> Tensor:
     """The largest absolute entry of each matrix of ``X`` [B, m, n]: [B, 1, 1]."""
-    if X.device.type != "cpu" or torch.compiler.is_compiling():
+    if not looks_are_free(X):
         return torch.linalg.vector_norm(X, ord=float("inf"), dim=(-2, -1), keepdim=True)
     # there aminmax reads the matrix once, row by row as it is stored; the norm takes 14 times as long
     extremes = [torch.aminmax(x.mT if x.stride(-2) == 1 else x) for x in X.unbind(0)]
     largest = [max(abs(low.item()), abs(high.item())) for low, high in extremes]
-    return torch.tensor(largest, dtype=X.dtype, device=X.device)[:, None, None]
+    return X.new_tensor(largest).view(-1, 1, 1)
 
 
 def matmul_rounding() -> float:
@@ -65,18 +94,24 @@ def unit_norm(X: Tensor) -> Tensor:
     return X / X.flatten(1).norm(dim=1).clamp_min(torch.finfo(X.dtype).tiny)[:, None, None]
 
 
-def bounded(G: Tensor) -> tuple[Tensor, Tensor]:
+def bounded(G: Tensor, energy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """``G`` [B, m, n], scaled down where an entry exceeds the cube root of what its dtype can hold (7e12 in float32).
 
     Averages and sums of squares are so kept finite, whatever the gradient: sums of 10^12 squares still fit. Other
     gradients are returned unchanged, to the bit.
 
+    Args:
+        energy: squared norms of the columns of ``G``, if they are known. Where the largest norm is ``MODERATE``, entries
+            need not be looked at.
+
     Returns:
-        The gradient, and the largest absolute entry of each matrix of it: [B, 1, 1].
+        The gradient, and the largest absolute entry of each matrix of it, [B, 1, 1]; None where it was not looked at.
     """
+    if energy is not None and MODERATE[0] ** 2 <= energy.max().item() <= MODERATE[1] ** 2:
+        return G, None
     limit = torch.finfo(G.dtype).max ** (1 / 3)
     largest = largest_entry(G)
-    if G.device.type == "cpu" and not torch.compiler.is_compiling() and largest.max().item() <= limit:
+    if looks_are_free(G) and largest.max().item() <= limit:
         return G, largest  # to look at a number is free there, a pass is not
     factor = (limit / largest).clamp(max=1.0)
     return G * factor, largest * factor
@@ -202,6 +237,8 @@ def quintic(X: Tensor, steps: int, eps: float) -> Tensor:
         steps: of the iteration, 5 as a rule.
         eps: the least Frobenius norm to divide by.
     """
+    if not looks_are_free(X) or X.norm().isinf():  # of what is infinite, nothing would be left
+        X = bounded(X.unsqueeze(0))[0].squeeze(0)
     if X.stride(-2) == 1:  # a tall matrix, turned: as it is stored, from the right
         return _quintic(X.mT, steps, eps, right=True).mT
     return _quintic(X, steps, eps)
@@ -211,7 +248,7 @@ def _quintic(X: Tensor, steps: int, eps: float, right: bool = False) -> Tensor:
     a, b, c = QUINTIC
     X = X / X.norm().clamp(min=eps)  # now no singular value exceeds 1
     for _ in range(steps):
-        A = X.mT @ X if right else X @ X.mT
+        A = gram(X.mT if right else X)
         B = torch.addmm(A, A, A, beta=b, alpha=c)
         X = torch.addmm(X, X, B, beta=a) if right else torch.addmm(X, B, X, beta=a)
     return X

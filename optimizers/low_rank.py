@@ -4,6 +4,7 @@ Shapes: G [B, m, n] with m <= n; U [B, m, r]; sigma, omega [B, r, n]; p [B, n]; 
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from .base import Context
 from .factored import Factored
 from .limiter import growth_limit
-from .linalg import complement_columns, largest_entry
+from .linalg import column_energy, complement_columns, largest_entry, looks_are_free
 
 SWITCHING = ("none", "complement", "full_basis", "gaussian_mix", "gaussian")
 COMPENSATION = ("none", "optimal", "fira", "fira_plus")
@@ -67,25 +68,58 @@ def unit_gaussian(rows: int, count: int, generators: list[torch.Generator]) -> T
     return X / X.norm(dim=-2, keepdim=True)
 
 
-def column_energy(X: Tensor) -> Tensor:
-    """Squared norms of the columns of ``X`` [B, m, n], in float32 at least: [B, n]."""
-    return (X.float().square_() if X.dtype == torch.bfloat16 else X.square()).sum(-2)
+def adam_quotient(sigma: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+    """m / (sqrt(v) + eps), after the averages m and v have taken in sigma and its square (lines 13 to 15 of Algorithm 4).
+
+    All are [B, r, n] of one dtype; in bfloat16, everything is computed in float32 and rounded once. On the CPU torch's
+    fused Adam does so in one pass: its step of rate -1 from a weight 0, late enough for its bias corrections to be 1.
+    """
+    beta1, beta2 = betas
+    if looks_are_free(sigma) and sigma.stride() == m.stride():
+        omega = torch.zeros_like(sigma)
+        torch._fused_adam_(
+            [omega], [sigma], [m], [v], [], [_late()],
+            lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return omega
+    wide = torch.promote_types(m.dtype, torch.float32)
+    sigma, M, V = sigma.to(wide), m.to(wide), v.to(wide)
+    M.lerp_(sigma, 1 - beta1)
+    V.mul_(beta2).addcmul_(sigma, sigma, value=1 - beta2)
+    if M is not m:
+        m.copy_(M)
+        v.copy_(V)
+    return (M / V.sqrt().add_(eps)).to(m.dtype)
+
+
+@cache
+def _late() -> Tensor:
+    return torch.tensor(math.inf, device="cpu")
 
 
 def residual_energy(
-    G: Tensor, U: Tensor, sigma: Tensor, rounding: float, orthonormal: bool = True, kept: float = 1.0
+    G: Tensor,
+    U: Tensor,
+    sigma: Tensor,
+    rounding: float,
+    orthonormal: bool = True,
+    kept: float = 1.0,
+    whole: Tensor | None = None,
 ) -> Tensor:
     """||g_j - kept U sigma_j||^2 for each column: [B, n], without forming the difference.
+
+    Args:
+        whole: ||g_j||^2 [B, n], where it is known.
 
     It is ||g_j||^2 - (2 kept - kept^2) ||sigma_j||^2 if U is ``orthonormal``, else it takes U^T U. Where that is below
     ``rounding`` times ||g_j||^2, nothing is known of it but that it is small: this least value stands for it, as one at or
     below 0 would be divided by.
     """
-    whole, projected = column_energy(G), column_energy(sigma)
+    whole, projected = column_energy(G) if whole is None else whole, column_energy(sigma)
     if orthonormal:
         rest = whole - (2 * kept - kept**2) * projected
     else:
-        U = U.to(sigma.dtype)
+        U, sigma = U.to(projected.dtype), sigma.to(projected.dtype)
         rest = whole - 2 * kept * projected + kept**2 * (sigma * (U.mT @ U @ sigma)).sum(-2)
     return rest.maximum(rounding * whole)
 
@@ -96,6 +130,7 @@ def with_residual(U: Tensor, inner: Tensor, G: Tensor, sigma: Tensor, columns: T
     Args:
         columns: [B, 1, n].
     """
+    columns = columns.to(sigma.dtype)
     return Factored(U=U, R=torch.addcmul(inner, columns, sigma, value=-kept), G=G, columns=columns)
 
 

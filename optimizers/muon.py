@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
-from .linalg import bounded, each, quintic
+from .linalg import each, quintic
 from .whitening import whiten
 
 
@@ -94,7 +94,6 @@ class Muon(MatrixOptimizer):
         m = state["m"].lerp_(G, 1 - beta)
         M = G.lerp(m, beta) if group["nesterov"] else m
         if group["orthogonalization"] == "quintic":
-            M, _ = bounded(M)  # the norm of larger ones is infinite
             return each(quintic, M.bfloat16() if group["ns_dtype"] == "bfloat16" else M, steps, group["eps"])
         return whiten(M, group["orthogonalization"], steps)
 

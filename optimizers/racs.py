@@ -8,7 +8,7 @@ from torch import Tensor
 from .base import Context, MatrixOptimizer, check
 from .factored import Factored
 from .limiter import growth_limit
-from .linalg import each
+from .linalg import each, product
 
 
 class RACS(MatrixOptimizer):
@@ -75,8 +75,8 @@ class RACS(MatrixOptimizer):
         """Lines 5 to 10 of Algorithm 1."""
         beta, eps = group["beta"], group["eps"]
         # s is of the second order in G, ||s||^2 of the fourth: unscaled, gradients below 1e-10 would leave float32.
-        c = ctx.scale_of(G)
-        P = (G * (1 / c)).square_()
+        c, X = ctx.moderate(G)
+        P = X.square()
 
         s, q = each(fixed_point, P, group["iterations"], eps)  # line 5, s for G / c
         s = state["s"].mul_(beta).add_(s * c[..., 0].square(), alpha=1 - beta)  # line 6
@@ -84,7 +84,7 @@ class RACS(MatrixOptimizer):
         rows, columns = q.clamp_min(eps).rsqrt().unsqueeze(-1), s.clamp_min(eps).rsqrt().unsqueeze(-2)  # line 8
         # ||Diag(q)^(-1/2) G Diag(s)^(-1/2)||^2 = (1/q)^T G^2 (1/s)
         inverse_s = (columns * c).square().clamp(max=torch.finfo(P.dtype).max)  # of G / c; a zero column times it is 0
-        norm = (rows.square().mT @ (P @ inverse_s.mT)).sqrt().flatten()
+        norm = (rows.square() * product(P, inverse_s.mT)).sum((-2, -1)).sqrt()
         eta, state["phi"] = growth_limit(norm, state["phi"], group["limiter"])  # lines 9 and 10
         return Factored(G=G, rows=rows, columns=columns).times(eta)
 
@@ -102,6 +102,6 @@ def fixed_point(P: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]
     """
     q = P.new_ones(len(P))
     for _ in range(iterations):
-        s = q @ P / (q @ q).clamp_min(eps)
+        s = P.mT @ q / (q @ q).clamp_min(eps)
         q = P @ s / (s @ s).clamp_min(eps)
     return s, q

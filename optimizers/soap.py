@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, MatrixOptimizer, bias_correction, check, is_update_time
-from .linalg import align_signs, or_previous, power_step, top_eigenvectors
+from .base import PRODUCTS, Context, MatrixOptimizer, bias_correction, check, is_update_time
+from .linalg import align_signs, each, gram, or_previous, power_step, product, top_eigenvectors
 
 BASES = (("L", "U_L"), ("R", "U_R"))
 
@@ -46,6 +46,9 @@ class SOAP(MatrixOptimizer):
         eps: added to the square root of v (the paper prints none).
         weight_decay: decoupled, multiplied by lr; at step 1 as well.
         state_dtype: dtype of U_L, U_R, m and v; None for the parameter's. L and R are float32.
+        products: what the products of a step are computed from: "float32" (float64 for float64 parameters), or "bfloat16",
+            faster where the hardware has it, which makes errors of 0.4 % of the largest entries, in L and R as well. New
+            bases are computed in float32 whatever this says.
 
     Raises:
         ValueError: an option out of its range, or a tensor that is not a matrix.
@@ -53,6 +56,7 @@ class SOAP(MatrixOptimizer):
     """
 
     full_precision = frozenset({"L", "R"})
+    as_stored = frozenset({"U_L", "U_R", "m"})
     compilable = False
 
     def __init__(
@@ -68,6 +72,7 @@ class SOAP(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_dtype: torch.dtype | str | None = None,
+        products: str = "float32",
     ) -> None:
         super().__init__(
             params,
@@ -81,12 +86,14 @@ class SOAP(MatrixOptimizer):
                 eps=eps,
                 weight_decay=weight_decay,
                 state_dtype=state_dtype,
+                products=products,
             ),
         )
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check(group, "form", ("paper", "published"))
+        check(group, "products", PRODUCTS)
         check(group, "betas", lambda b: len(b) == 3 and all(0 <= x < 1 for x in b), "three numbers in [0, 1)")
 
     def init_state(self, shape: tuple[int, int], group: dict[str, Any]) -> dict[str, Tensor]:
@@ -99,38 +106,40 @@ class SOAP(MatrixOptimizer):
         """U_L = EVD(L) and U_R = EVD(R), with the L and R that ``direction`` will store for this step."""
         if group["form"] == "published" and ctx.step > 1:
             return  # its later refreshes come after the update
-        for (name, basis), gram in zip(BASES, gram_matrices(G), strict=True):
-            A = state[name].lerp(gram, 1 - group["betas"][2])
+        for (name, basis), square in zip(BASES, gram_matrices(G), strict=True):
+            A = state[name].lerp(square, 1 - group["betas"][2])
             U = or_previous(partial(top_eigenvectors, A, A.shape[-1]), state[basis], ctx)
             state[basis] = align_signs(U, state[basis]) if group["fix_signs"] and ctx.step > 1 else U
 
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
         """Algorithm 6 but for the bases, or a step of the published form."""
         published = group["form"] == "published"
+        X = G.bfloat16() if group["products"] == "bfloat16" else G  # what products are computed from
         if published and ctx.step == 1:
             update = torch.zeros_like(G)
         else:
-            update = self.adam(G, state, group)
-        for (name, _), gram in zip(BASES, gram_matrices(G), strict=True):
-            state[name].lerp_(gram, 1 - group["betas"][2])
+            update = self.adam(G, X, state, group)
+        for (name, _), square in zip(BASES, gram_matrices(X), strict=True):
+            state[name].lerp_(square.to(state[name].dtype), 1 - group["betas"][2])
 
         if published and ctx.step > 1:
             update *= bias_correction(ctx.step - 1, *group["betas"][:2])
             if is_update_time(ctx.step, group["update_interval"], group["update_times"]):
                 orders = []
                 for name, basis in BASES:
-                    state[basis], order = power_step(state[name], state[basis])
+                    state[basis], order = power_step(state[name], state[basis].to(state[name].dtype))
                     orders.append(order)
                 self.permute(state, *orders)
         return update
 
-    def adam(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """Adam in the bases of ``state``, back in the original space."""
+    def adam(self, G: Tensor, X: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """Adam in the bases of ``state``, back in the original space. ``X``: G in the dtype of the products."""
         beta1, beta2, _ = group["betas"]
-        U_L, U_R = state["U_L"], state["U_R"]
-        m = state["m"].mul_(beta1).add_(G, alpha=1 - beta1)
-        root_v = self.second_moment(U_L.mT @ G @ U_R, state, beta2)
-        return U_L @ ((U_L.mT @ m @ U_R) / (root_v + group["eps"])) @ U_R.mT
+        U_L, U_R, compute = state["U_L"].to(X.dtype), state["U_R"].to(X.dtype), state["L"].dtype
+        m = state["m"].lerp_(G.to(state["m"].dtype), 1 - beta1)
+        root_v = self.second_moment(rotated(X, U_L, U_R).to(compute), state, beta2)
+        omega = rotated(m.to(X.dtype), U_L, U_R).to(compute) / root_v.add_(group["eps"])
+        return rotated(omega.to(X.dtype), U_L.mT, U_R.mT)
 
     # How the second moment is stored -----------------------------------------------------------------------------
 
@@ -149,6 +158,11 @@ class SOAP(MatrixOptimizer):
         state["v"] = v.gather(-1, right.unsqueeze(-2).expand_as(v))
 
 
+def rotated(X: Tensor, U_L: Tensor, U_R: Tensor) -> Tensor:
+    """U_L^T X U_R."""
+    return product(product(U_L.mT, X), U_R)
+
+
 def gram_matrices(G: Tensor) -> tuple[Tensor, Tensor]:
     """G G^T [B, m, m] and G^T G [B, n, n]."""
-    return G @ G.mT, G.mT @ G
+    return each(gram, G), each(gram, G.mT)

@@ -70,7 +70,7 @@ def test_groups_are_led_by_the_fused_adamw_and_hold_the_rivals(measured):
     assert sum(map(len, groups.values())) == len(lines)
     assert all(names[0] == ADAMW for names in groups.values())
     assert groups["low rank"] == [ADAMW, "galore", "galore (bfloat16 products)", "galore-torch"]
-    assert groups["soap"][1:] == ["soap", "pytorch_optimizer SOAP", "heavyball SOAP"]
+    assert groups["soap"][1:] == ["soap", "soap (bfloat16 products)", "pytorch_optimizer SOAP", "heavyball SOAP"]
 
 
 def test_every_contestant_makes_the_same_number_of_ordinary_steps(measured):

@@ -13,9 +13,10 @@ from optimizers.apollo import Apollo
 from optimizers.factored import Factored
 from optimizers.fira import Fira
 from optimizers.galore import GaLore
-from optimizers.linalg import _quintic, largest_entry, product, quintic
-from optimizers.low_rank import residual_energy
+from optimizers.linalg import _quintic, bounded, column_energy, gram, largest_entry, product, quintic
+from optimizers.low_rank import adam_quotient, residual_energy
 from optimizers.muon import Muon
+from optimizers.soap import SOAP
 
 SHAPES = ((8, 12), (12, 8), (8, 8))
 
@@ -119,6 +120,84 @@ def test_products_of_bfloat16_numbers_move_weights_alike(method, options, dtype)
         moved = (b.double() - w.double()).norm()
         assert (a.double() - b.double()).norm() < 0.03 * moved
         assert a.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_soap_with_products_of_bfloat16_numbers_moves_weights_alike(dtype):
+    """A square matrix: a longer side has directions without gradient at first, where any precision divides noise by noise."""
+    options = {"lr": 1.0, "form": "published", "update_interval": 3}
+    plain, low = (walk(SOAP(parameters(dtype)[2:], **options, products=p))[0] for p in ("float32", "bfloat16"))
+    assert (low.double() - plain.double()).norm() < 0.05 * (plain.double() - parameters(dtype)[2].double()).norm()
+    assert not torch.equal(low, plain), "the option does nothing"
+
+
+@pytest.mark.parametrize("state_dtype", [None, "float32", "float16", "8bit"])
+def test_states_of_every_dtype_serve_products_of_bfloat16_numbers(state_dtype):
+    plain, low = (
+        walk(Alice(parameters(torch.bfloat16), lr=1.0, rank=4, leading=2, state_dtype=state_dtype, products=products))
+        for products in ("float32", "bfloat16")
+    )
+    for a, b, w in zip(low, plain, parameters(torch.bfloat16), strict=True):
+        assert (a.double() - b.double()).norm() < 0.03 * (b.double() - w.double()).norm()
+
+
+# The parts of a step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["one pass", "another layout"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_moments_are_computed_wide_and_rounded_once(dtype, turned):
+    """In bfloat16 one rounding of each result, not one for each operation."""
+    sigma, m = draw(1, 4, 6).to(dtype), draw(1, 4, 6, seed=1).to(dtype)
+    v = draw(1, 4, 6, seed=2).square().to(dtype)
+    if turned:
+        m, v = (x.mT.contiguous().mT for x in (m, v))
+    M, V = 0.9 * m.double() + 0.1 * sigma.double(), 0.999 * v.double() + 0.001 * sigma.double().square()
+    omega = adam_quotient(sigma, m, v, (0.9, 0.999), 1e-3)
+    for x, exact in ((m, M), (v, V), (omega, M / (V.sqrt() + 1e-3))):
+        assert x.dtype == dtype
+        error = (x.double() - exact).abs() / exact.abs()
+        assert (error <= (0.5001 if dtype == torch.bfloat16 else 8.0) * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("shape", [(301, 40), (300, 400)])
+def test_a_gram_matrix_of_three_quarters(shape):
+    X = draw(*shape)
+    torch.testing.assert_close(gram(X), X @ X.mT)
+    torch.testing.assert_close(gram(X.mT.contiguous().mT), X @ X.mT)
+
+
+def test_energies_of_columns_in_either_layout():
+    X = draw(2, 5, 7)
+    for Y in (X, X.mT.contiguous().mT, X.float(), X.float().mT.contiguous().mT, X.bfloat16()):
+        torch.testing.assert_close(column_energy(Y), Y.to(column_energy(Y).dtype).square().sum(-2))
+
+
+def test_entries_are_looked_at_only_where_energies_leave_a_doubt():
+    G = draw(1, 4, 6).float()
+    for scale in (1e-3, 1.0, 1e3):
+        same, largest = bounded(scale * G, column_energy(scale * G))
+        assert torch.equal(same, scale * G) and largest is None
+    for scale in (0.0, 1e-20, 1e20, math.inf, math.nan):
+        X = scale * G
+        given, plain = bounded(X, column_energy(X)), bounded(X)
+        for a, b in zip(given, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", [RACS, Apollo], ids=["racs", "apollo"])
+def test_the_scale_of_the_gradient_does_not_matter_whether_entries_were_looked_at(method):
+    """Below MODERATE gradients are divided by their largest entry, above they are not."""
+    options = {"rank": 2} if method is Apollo else {}
+    moved = []
+    for scale in (1.0, 1e-6):
+        p = nn.Parameter(torch.zeros(6, 10))
+        optimizer = method([p], lr=1.0, eps=0.0, **options)
+        for t in range(3):
+            p.grad = scale * draw(6, 10, seed=t, dtype=torch.float32)
+            optimizer.step()
+        moved.append(p.detach())
+    torch.testing.assert_close(*moved)
 
 
 # Layout ---------------------------------------------------------------------------------------------------------------

@@ -284,17 +284,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._is_rehearsal():
             return loss
-        try:
-            for group in self.param_groups:
-                if group["adam"]:
-                    self._adam_step(group)
-                else:
-                    for params, ctx in self._batches(group):
-                        self._matrix_step(params, group, ctx)
-        except Exception:
-            if self.owners:
-                self.owners.undo()
-            raise
+        for group in self.param_groups:
+            if group["adam"]:
+                self._adam_step(group)
+            else:
+                for params, ctx in self._batches(group):
+                    self._matrix_step(params, group, ctx)
         self._estimates = {}
         return loss
 
@@ -508,6 +503,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     x.copy_(y)
 
     # State dicts ----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.owners and any(team.size > 1 for team in self.owners.teams):
+            raise TypeError(
+                "matrices of this optimizer are divided among ranks, and a copy would have a part; copy state_dict()"
+            )
+        return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -51,13 +51,8 @@ class Combined(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        try:
-            for part in self.optimizers:
-                part.step()
-        except Exception:
-            if owners := getattr(self, "owners", None):
-                owners.undo()
-            raise
+        for part in self.optimizers:
+            part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

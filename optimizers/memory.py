@@ -198,14 +198,16 @@ _LIBRARY: dict[str, Callable[[Tensor, dict[str, Any]], int]] = {
 }
 
 
-def measured_state_bytes(optimizer: torch.optim.Optimizer, of: Callable[[Tensor], bool] = lambda p: True) -> int:
+def measured_state_bytes(
+    optimizer: torch.optim.Optimizer, of: Callable[[Tensor, Tensor], bool] = lambda p, x: True
+) -> int:
     """Bytes of the states that exist now on this rank; what several parameters share counts once.
 
     Args:
-        of: whether the states of a parameter count.
+        of: whether a state of a parameter counts.
     """
-    states = [state for p, state in optimizer.state.items() if of(p)]
-    tensors = [local(v) for state in states for v in state.values() if isinstance(v, Tensor)]
+    states = [(p, x) for p, state in optimizer.state.items() for x in state.values() if isinstance(x, Tensor)]
+    tensors = [local(x) for p, x in states if of(p, x)]
     return sum({v.data_ptr() or id(v): v.nbytes for v in tensors}.values())
 
 

@@ -12,7 +12,9 @@ weights, on the shards of DTensors.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -33,19 +35,22 @@ def shard(
 
     Args:
         optimizer: its groups without ``adam=True`` are divided. Anything that follows ``step`` of torch's optimizers and
-            leaves parameters without a gradient alone.
+            leaves parameters without a gradient alone, and computes nothing from all of them together.
         process_group: of replicated weights; None: all ranks. A node's ranks, so that weights travel within nodes only
             and each node computes everything. DTensors have a mesh of their own.
         overlap: ``step`` returns while weights still travel; call ``Owners.wait`` before they are read.
 
     Returns:
         The optimizer's owners; the same at a second call.
+
+    Raises:
+        ValueError: a layout of DTensors that cannot be served, or states of DTensors that the class has made already.
     """
     owners: Owners | None = getattr(optimizer, "owners", None)
     if owners is None:
-        owners = Owners(optimizer)
+        owners = Owners(optimizer, process_group)
         optimizer.owners = owners  # type: ignore[attr-defined]
-    owners.process_group, owners.overlap = process_group or owners.process_group, overlap
+    owners.overlap = overlap
     return owners
 
 
@@ -95,14 +100,19 @@ def cost(p: Tensor) -> int:
     return p.numel() * (min(p.shape) if p.ndim == 2 else 1)
 
 
-def assign(costs: Sequence[float], ranks: int) -> list[int]:
+def assign(costs: Sequence[float], ranks: int, kept: Mapping[int, int] = MappingProxyType({})) -> list[int]:
     """The owner of each: the most expensive first, each to the rank that has least (Graham 1969: at most 4/3 of the best).
 
-    A function of the costs alone, so that all ranks find the same.
+    A function of the arguments alone, so that all ranks find the same.
+
+    Args:
+        kept: owners that some have already, by index.
     """
     loads = [0.0] * ranks
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    owners = [kept.get(i, -1) for i in range(len(costs))]
+    for i, owner in kept.items():
+        loads[owner] += costs[i]
+    for i in sorted(set(range(len(costs))) - kept.keys(), key=lambda i: (-costs[i], i)):
         owners[i] = min(range(ranks), key=loads.__getitem__)
         loads[owners[i]] += costs[i]
     return owners
@@ -117,10 +127,13 @@ class Team:
         rank, size: of this process in the group, and of the group.
     """
 
-    def __init__(self, params: list[Tensor], group: "dist.ProcessGroup") -> None:
+    def __init__(
+        self, params: list[Tensor], group: "dist.ProcessGroup", before: Mapping[Tensor, int] = MappingProxyType({})
+    ) -> None:
         self.params, self.group = params, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.owners = assign([cost(p) for p in params], self.size)
+        kept = {i: before[p] for i, p in enumerate(params) if p in before}  # their states are there
+        self.owners = assign([cost(p) for p in params], self.size, kept)
         self.owner = dict(zip(params, self.owners, strict=True))
         # Owners by turns, so that at any time all of them have something to send.
         turns = [self.owners[:i].count(owner) for i, owner in enumerate(self.owners)]
@@ -216,11 +229,10 @@ class Team:
 
 
 class Owners:
-    """What :func:`shard` attaches to an optimizer: hooks around ``step``."""
+    """What :func:`shard` attaches to an optimizer: its ``step``, between a division of the work and an exchange of weights."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.process_group: dist.ProcessGroup | None = None
+    def __init__(self, optimizer: torch.optim.Optimizer, process_group: "dist.ProcessGroup | None" = None) -> None:
+        self.optimizer, self.process_group = optimizer, process_group
         self.overlap = False
         self._teams: tuple[list[Tensor], list[Team]] = ([], [])
         self._hidden: dict[Tensor, Tensor] = {}  # gradients of others' matrices
@@ -228,8 +240,16 @@ class Owners:
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._changing: set[Tensor] = set()
         self._works: list[dist.Work] = []
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._end)
+        # On the object: hooks are not told of a failure, and run twice where a step calls its parent class's.
+        optimizer.step = MethodType(_divided(optimizer.step), optimizer)  # type: ignore[method-assign]
+        for team in self.teams if optimizer.state else ():  # some classes make states before their first step
+            if any(is_sharded(p) and p in optimizer.state for p in team.params):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has made states for the shards of matrices, which it cannot use for whole "
+                    "ones: give it weights that are on every rank (DDP)"
+                )
+            for p in team.owner.keys() - set(team.mine()):
+                optimizer.state.pop(p, None)
 
     @property
     def teams(self) -> list[Team]:
@@ -240,7 +260,8 @@ class Owners:
             by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
             for p in params:
                 by_group.setdefault(self._process_group(p), []).append(p)
-            self._teams = params, [Team(some, group) for group, some in by_group.items()]
+            before = {p: owner for team in self._teams[1] for p, owner in team.owner.items()}
+            self._teams = params, [Team(some, group, before) for group, some in by_group.items()]
         return self._teams[1]
 
     def _process_group(self, p: Tensor) -> "dist.ProcessGroup":
@@ -271,14 +292,10 @@ class Owners:
     # Around a step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _begin(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if [*args[1:], *kwargs.values()] not in ([], [None]):
-            raise ValueError(
-                "step(closure) would compute gradients after they were divided among ranks; call the closure before"
-            )
+    def begin(self) -> None:
+        """Before the optimizer's own step: leave it gradients, and whole matrices, of this rank's alone."""
         self.wait()
-        self._hidden = {}
-        self.undo()  # a step of somebody else's class may have failed
+        optimizer = self.optimizer
         for team in self.teams:
             gradients = {p: p.grad for p in team.params if p.grad is not None}
             self._changing |= {p for p in gradients if not is_sharded(p)}
@@ -326,7 +343,8 @@ class Owners:
         self._whole, self._changing = {}, set()
 
     @torch.no_grad()
-    def _end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def end(self) -> None:
+        """After it: groups, states and gradients as they were; the new weights to where they belong."""
         self._put_back()
         for team in self.teams:
             changed = {p: p.detach() for p in team.params if is_sharded(p) and p.grad is not None}
@@ -335,6 +353,25 @@ class Owners:
         self._whole, self._changing = {}, set()
         if not self.overlap:
             self.wait()
+
+
+def _divided(step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)
+    def divided(optimizer: Any, closure: None = None) -> Any:
+        if closure is not None:
+            raise ValueError(
+                "step(closure) would compute gradients after they were divided among ranks; call the closure before"
+            )
+        optimizer.owners.begin()
+        try:
+            result = step()
+        except BaseException:
+            optimizer.owners.undo()
+            raise
+        optimizer.owners.end()
+        return result
+
+    return divided
 
 
 def _rename(state: dict[Tensor, Any], names: Mapping[Tensor, Tensor]) -> None:

@@ -118,7 +118,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options
     Raises:
         UserError: not a checkpoint, a damaged one, or one of another model or optimizer; nothing has been changed then.
     """
-    _on_main(lambda: verify(path), next(model.parameters()).device)
+    try:
+        _on_main(lambda: verify(path), next(model.parameters()).device)
+    except _OtherRank as error:
+        raise UserError(f"{path} cannot be used: the first rank says why") from error
     tensors, meta = _read(path, _Layout(model, optimizer))
     try:
         _check_options(path, meta["optimizer"], options)
@@ -316,7 +319,10 @@ def optimizer_state(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     stored: set[int] = set()
+    owners = getattr(optimizer, "owners", None)
     for name, p in model.named_parameters():
+        if owners and not owners.keeps(p):  # a class may have made one, which nobody updates
+            continue
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
                 place = local(value).untyped_storage().data_ptr()  # safetensors keeps no two names of one tensor

@@ -11,6 +11,7 @@ Both leave every number as one process has it, but for the order of sums.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,10 @@ class Parallel:
         self.whole = self.sharded and cfg.optimizer.name not in ELEMENTWISE
         self.team = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cfg.trainer.shard_group == "node" else self.ranks
         self.owners: Owners | None = None
+        if self.sum(torch.tensor(self.team, device=device)) != self.team * self.ranks:
+            raise UserError(
+                "the nodes have unequal numbers of processes: launch as many on each, or set trainer.shard_group=all"
+            )
 
     def shard_weights(self, loss: nn.Module) -> None:
         """For fsdp2: give each rank its part of the weights, decoder layer by layer. Before the optimizer is made."""
@@ -107,12 +112,43 @@ class Parallel:
 
     def wrap(self, loss: nn.Module) -> nn.Module:
         """What training calls: ``loss``, and the sum of gradients over ranks after it."""
-        return loss if self.sharded else self.accelerator.prepare_model(loss)
+        if self.sharded:
+            return loss
+        with warnings.catch_warnings():  # of broadcast_buffers, whose new name Accelerate does not have
+            warnings.filterwarnings("ignore", "`?broadcast_buffers", FutureWarning)
+            return self.accelerator.prepare_model(loss)
 
     def wait(self) -> None:
         """Before weights are read: until those of the last step have arrived."""
         if self.owners:
             self.owners.wait()
+
+    def check_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a step of a class that nobody here knows: refuse one that computes numbers from all matrices together.
+
+        Raises:
+            UserError: on all ranks alike.
+        """
+        if not self.owners:
+            return
+        numbers = [
+            {
+                key: float(x)
+                for key, x in group.items()
+                if isinstance(x, (int, float)) or (torch.is_tensor(x) and x.numel() == 1)
+            }
+            for group in optimizer.param_groups
+        ]
+        every: list[Any] = [None] * self.ranks
+        dist.all_gather_object(every, numbers)
+        different = [
+            key for ranks in zip(*every, strict=True) for key in ranks[0] if len({str(r.get(key)) for r in ranks}) > 1
+        ]
+        if different:
+            raise UserError(
+                f"the optimizer computes {different[0]} from all matrices together, and each rank has only its own: set "
+                "trainer.parallel=ddp trainer.shard_optimizer=false"
+            )
 
     def accumulate(self, wrapped: Any, last: bool) -> AbstractContextManager:
         """Around a micro-batch: gradients are summed over ranks after the ``last`` one only."""
@@ -133,12 +169,12 @@ class Parallel:
             norm = (self.sum(norm.square()) * (self.team / self.ranks)).sqrt()  # each part lies on ranks / team of them
         return norm
 
-    def gather(self, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    def gather(self, found: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
         """What owners have found out about their matrices, by name; once, where nodes do the same work."""
         parts: list[Any] = [found]
         if self.owners is not None:
             parts = [None] * self.ranks
-            dist.all_gather_object(parts, found)
+            dist.all_gather_object(parts, [(names, value.cpu()) for names, value in found])
         return list({names: value for part in parts for names, value in part}.items())
 
     def any(self, flag: Tensor) -> Tensor:
@@ -180,5 +216,6 @@ class Parallel:
         copies = self.ranks // self.team  # of each part
         return here - divided + sum(parts) // copies, on_rank
 
-    def _is_divided(self, p: Tensor) -> bool:
-        return is_sharded(p) or (self.owners is not None and any(p in team.owner for team in self.owners.teams))
+    def _is_divided(self, p: Tensor, x: Tensor) -> bool:
+        """Whether ``x``, a state of ``p``, lies here only, or in part; Adam counts its steps on every rank."""
+        return is_sharded(x) or (self.owners is not None and any(p in team.owner for team in self.owners.teams))

@@ -1,84 +1,112 @@
-"""What every rank of tests/pretraining/test_ranks.py does: torchrun --nproc_per_node N -m tests.pretraining.ranks FOLDER"""
+"""What each of four ranks of test_ranks.py does: python -m tests.pretraining.ranks FOLDER
+
+One interpreter imports everything and forks the ranks, by the engine of torchrun; they work together, in pairs and in a group
+of three, one after the other. Imports and starts are most of what ranks cost.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from pretraining.evaluation import evaluate
 from pretraining.loss import PretrainingLoss
 from pretraining.signals import Stopped
 from pretraining.trainer import Trainer, make_plan, train
 
-from .test_trainer import config
+from .test_trainer import ALICE, config
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-SETTINGS = ["trainer.save_every=3", "trainer.keep_last=9"]
+RANKS = 4
+# Six rows on four ranks are shares of 1, 2, 1 and 2, of unequal numbers of tokens; micro-batches of one row; the limit is
+# below every step's norm.
+SETTINGS = [
+    "trainer.save_every=3", "trainer.keep_last=9", "trainer.micro_batch_size=1", "trainer.grad_clip=0.3",
+    "data.rows=truncate", "data.length=64", "trainer.sample_tokens=0",
+]  # fmt: skip
+BASES = [*ALICE, "optimizer.log_basis=true"]
+BF16 = ["trainer.precision=bf16", "trainer.steps=4"]
+SOPHIA = ["optimizer=sophia_h", "optimizer.update_interval=3", "trainer.steps=6", "trainer.save_every=0"]
+MINI = ["optimizer=adam_mini", "trainer.steps=4", "trainer.save_every=0"]
+FSDP2, REPLICATED, NODE = "trainer.parallel=fsdp2", "trainer.shard_optimizer=false", "trainer.shard_group=node"
 SIZES = (1, 5, 64)
+# The common run: how many ranks, their layout, and the step at which the last of them alone gets a signal
+CHAIN = ((4, "ddp", 2), (2, "fsdp2", 4), (3, "ddp", 6))
 
 
-def work(folder: Path) -> dict[str, object]:
-    """All that is compared between 1, 2 and 4 processes."""
-    found: dict[str, object] = {}
-    cfg = config(folder / f"unused-{WORLD}")
+def join(folder: Path, own: list[int], rank: int) -> None:
+    """Make ``own``, ranks of the launch, a world of their own, as a launch of so many processes would be."""
+    if dist.is_initialized():
+        gc.collect()  # what still holds a group
+        dist.destroy_process_group()
+    place, size = own.index(rank), len(own)
+    names = {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    store = dist.FileStore(str(folder / f"world-{'-'.join(map(str, own))}"), size)
+    dist.init_process_group("gloo", store=store, rank=place, world_size=size)
+
+
+def evaluations(folder: Path) -> list[list[float]]:
+    cfg = config(folder)
     trainer = Trainer(cfg, make_plan(cfg))
     torch.manual_seed(0)  # weights that tell rows apart
     with torch.no_grad():
         for p in trainer.model.parameters():
             p.add_(torch.randn(p.shape) * 0.05)
     results = [evaluate(trainer.model, trainer.validation, size, 16, trainer.accelerator) for size in SIZES]
-    found["evaluations"] = [[r.loss, r.perplexity, r.perplexity_galore, r.tokens] for r in results]
     trainer.batches.close()
-
-    train(config(folder / f"whole-{WORLD}", *SETTINGS))
-    if WORLD > 1:
-        found["skipped"] = skip_on_one_rank(folder)
-    return found
+    return [[r.loss, r.perplexity, r.perplexity_galore, r.tokens] for r in results]
 
 
-def skip_on_one_rank(folder: Path) -> int:
+def skip_on_one_rank(folder: Path, *more: str) -> int:
     """Only the last rank's loss is not a number; none may update, and none may wait for the others."""
     original = PretrainingLoss.forward
     calls = []
 
-    def forward(self, *inputs):
+    def forward(self, *inputs, **named):
         calls.append(1)
-        loss = original(self, *inputs)
-        return loss * math.nan if len(calls) == 3 and RANK == WORLD - 1 else loss
+        loss = original(self, *inputs, **named)
+        return loss * math.nan if len(calls) == 3 and dist.get_rank() == dist.get_world_size() - 1 else loss
 
     PretrainingLoss.forward = forward  # type: ignore[method-assign]
     cfg = config(
-        folder / f"skip-{WORLD}", "trainer.on_nonfinite=skip", "trainer.steps=4", "trainer.micro_batch_size=64",
-        "trainer.eval_every=4",
+        folder, "trainer.on_nonfinite=skip", "trainer.steps=4", "trainer.micro_batch_size=64", "trainer.eval_every=4",
+        "trainer.sample_tokens=0", *more,
     )  # fmt: skip
     trainer = Trainer(cfg, make_plan(cfg))
     trainer.run()
     PretrainingLoss.forward = original  # type: ignore[method-assign]
-    digest = torch.tensor(sum(p.double().sum().item() for p in trainer.model.parameters()), dtype=torch.float64)
+    weights = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters())
+    digest = torch.tensor(sum(p.double().sum().item() for p in weights), dtype=torch.float64)
     everywhere = trainer.accelerator.gather(digest.reshape(1))
     assert (everywhere == everywhere[0]).all() and torch.isfinite(everywhere).all()
     return trainer.skipped
 
 
-def stop_the_chain(folder: Path, step: int) -> None:
+def stop_the_chain(folder: Path, parallel: str, step: int) -> None:
     """Work on the common run until the last rank alone gets a signal."""
     original = Trainer._backward
 
     def backward(self, rows, targets):
-        if self.done + 1 == step and WORLD - 1 == RANK:
+        if self.done + 1 == step and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, rows, targets)
 
     Trainer._backward = backward  # type: ignore[method-assign]
     try:
-        train(config(folder / "chain", *SETTINGS))
+        train(config(folder / "chain", *SETTINGS, *BASES, f"trainer.parallel={parallel}"))
     except Stopped:
         return
     finally:
@@ -86,13 +114,59 @@ def stop_the_chain(folder: Path, step: int) -> None:
     raise AssertionError("the signal was lost")
 
 
+def work(folder: Path, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def run(name: str, *more: str) -> None:
+        train(config(folder / name, *SETTINGS, *(more if {SOPHIA[0], MINI[0]} & set(more) else [*BASES, *more])))
+
+    join(folder, [0, 1, 2, 3], rank)
+    found["evaluations 4"] = evaluations(folder / "unused-4")
+    run("ddp-4")
+    run("fsdp2-4", FSDP2)
+    found["skipped ddp-4"] = skip_on_one_rank(folder / "skip-ddp-4")
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}  # as on two nodes
+    run("node-ddp-4", NODE)
+    run("node-fsdp2-4", NODE, FSDP2)
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
+    stop_the_chain(folder, *CHAIN[0][1:])
+
+    join(folder, [0, 1] if rank < 2 else [2, 3], rank)
+    if rank < 2:
+        run("ddp-2")
+        run("fsdp2-2", FSDP2, "trainer.sample_tokens=4")
+        run("sophia-2", *SOPHIA)
+        run("adam_mini-2", *MINI)
+        stop_the_chain(folder, *CHAIN[1][1:])
+    else:
+        found["evaluations 2"] = evaluations(folder / "unused-2")
+        run("replicated-2", REPLICATED)
+        run("bf16-ddp-2", *BF16)
+        run("bf16-fsdp2-2", *BF16, FSDP2)
+        found["skipped fsdp2-2"] = skip_on_one_rank(folder / "skip-fsdp2-2", FSDP2)
+
+    if rank < 3:
+        dist.barrier() if rank < 2 else None
+        join(folder, [0, 1, 2], rank)
+        stop_the_chain(folder, *CHAIN[2][1:])
+    return found
+
+
+def start(folder: str) -> None:
+    rank = int(os.environ["RANK"])
+    Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # one group for many runs
+    (Path(folder) / f"found-{rank}.json").write_text(json.dumps(work(Path(folder), rank)))
+
+
 def main() -> None:
-    folder, stop = Path(sys.argv[1]), int(sys.argv[2])
-    Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # one group for all runs of the process
-    found = work(folder)
-    stop_the_chain(folder, stop)
-    if RANK == 0:
-        (folder / f"found-{WORLD}.json").write_text(json.dumps(found))
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    torch.set_num_threads(1)
+    how = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=RANKS, run_id="ranks", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0,
+    )  # fmt: skip
+    elastic_launch(how, start)(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -412,6 +412,55 @@ def fails() -> Facts:
     return facts
 
 
+class Moody(torch.optim.SGD):
+    """Calls its parent's step, which torch has given hooks of its own; fails when told to."""
+
+    moods: tuple[str, ...] = ()
+
+    def step(self, closure: Any = None) -> Any:
+        mood, *rest = self.moods or ("calm",)
+        self.moods = tuple(rest)
+        if mood == "cross":
+            raise RuntimeError("not today")
+        return super().step(closure)
+
+
+def of_a_class(cls: type[torch.optim.Optimizer], **options: Any) -> Callable[[Network], torch.optim.Optimizer]:
+    def made(model: Network) -> torch.optim.Optimizer:
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)  # its step has hooks from now on
+        return cls([layer.weight for layer in model.mlp], lr=0.1, **options)
+
+    return made
+
+
+def strangers(layout: str) -> Facts:
+    """Classes of others: a step that calls another step, one that fails, states made before the first step."""
+    facts: Facts = {}
+    model, optimizer = laid_out(layout, of_a_class(Moody, momentum=0.9))
+    advance(model, optimizer, steps=2)
+    model(*batch(9, model)).backward()
+    optimizer.moods = ("cross",)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        facts["error"] = str(error)
+    advance(model, optimizer, first=2, steps=2)
+    facts["moody"] = weights(model)
+    try:
+        model, optimizer = laid_out(layout, of_a_class(torch.optim.Adagrad))
+        facts["states"] = len(optimizer.state)
+        advance(model, optimizer, steps=3)
+        facts["adagrad"] = weights(model)
+    except ValueError as error:
+        facts["refusal"] = str(error)
+    model, optimizer = laid_out(layout, small("alice"))
+    try:
+        copy.deepcopy(optimizer)
+    except (TypeError, RuntimeError) as error:
+        facts["copy"] = str(error)
+    return facts
+
+
 def refused() -> Facts:
     """Layouts that cut a matrix otherwise."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -442,6 +491,7 @@ def parts(rank: int, folder: Path) -> Facts:
     facts: Facts = {"teams": teams(rank), "refused": refused(), "bytes": (measured(None), measured(pair))}
     facts["fails"] = fails()
     for layout in LAYOUTS:
+        facts["strangers", layout] = strangers(layout)
         facts["groups", layout] = many_groups(layout)
         for adam, gradient in ((True, "zero"), (False, "zero"), (False, "one"), (True, "all")):
             facts["rest", layout, adam, gradient] = rests_first(layout, adam, gradient)

@@ -258,3 +258,29 @@ def test_a_step_that_fails_leaves_everything_in_its_place(found, layout):
         assert "Sophia needs an estimate" in many["error"] and many["gradients"] and many["groups"]
         assert sharded.same(many["weights"], first)
     assert not sharded.same(first, sharded.weights(sharded.Network(torch.float64)))
+
+
+def test_classes_of_others(found):
+    """A class whose step calls its parent's, one that fails and goes on, one that makes states before its first step."""
+    alone = found[0]["strangers", "alone"]
+    assert alone["error"] == "not today" and alone["states"] == 5
+    assert sum(facts["strangers", "replicated"]["states"] for facts in found) == 5  # each matrix's on its owner alone
+    for facts in found:
+        replicated, divided = facts["strangers", "replicated"], facts["strangers", "sharded"]
+        assert replicated["error"] == divided["error"] == "not today"
+        for ours in (replicated, divided):
+            assert distance_of_weights({"weights": ours["moody"]}, {"weights": alone["moody"]}) < TOLERANCE
+        assert sharded.same(replicated["adagrad"], alone["adagrad"])
+        assert "has made states for the shards of matrices" in divided["refusal"]
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_a_divided_optimizer_is_not_copied(found, layout):
+    for facts in found:
+        assert "copy state_dict()" in facts["strangers", layout]["copy"]
+
+
+def test_who_owns_a_matrix_goes_on_owning_it():
+    first = assign([1, 5, 3, 3], 2)
+    again = assign([1, 5, 3, 3, 9, 9], 2, dict(enumerate(first)))
+    assert again[:4] == first and sorted(again[4:]) == [0, 1]

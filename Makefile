@@ -1,6 +1,7 @@
 # `make` or `make help` lists the targets. Each does all the set-up that it needs in .venv, once.
 #
 #   ARGS="..."      more arguments for the command, as in  make train ARGS="optimizer=racs trainer.steps=50"
+#   JOBS=2          test processes at a time, of one thread each
 #   SYSTEM=1        use this machine's python3 and its packages, install nothing (clusters, ROCm, Colab, containers)
 #   PYTHON=...      another Python (3.11 to 3.13) for .venv, or for SYSTEM=1
 #   PIP_ARGS="..."  options for pip while installing, such as an index that has CPU builds of torch
@@ -8,6 +9,7 @@
 PYTHON ?=
 SYSTEM ?=
 ARGS ?=
+JOBS ?= 2
 PIP_ARGS ?=
 export PYTHON SYSTEM PIP_ARGS
 
@@ -52,7 +54,7 @@ train:
 
 test:
 	$(SETUP_DEV)
-	@$(RUN) -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 compare:
 	$(SETUP)

@@ -36,7 +36,7 @@ import importlib.util
 import re
 import sys
 
-modules = {"hydra-core": "hydra"}
+modules = {"hydra-core": "hydra", "pytest-xdist": "xdist"}
 optional = {"wandb", "tensorboard", "optuna", "submitit", "mypy", "ruff", "types-PyYAML", "setuptools"}
 optional |= {"pytorch-optimizer", "adam-mini", "bitsandbytes", "nbclient", "nbformat", "ipykernel"}
 lines = [line for path in sys.argv[1:] if "oracles" not in path for line in open(path) if line.strip() and not line.startswith("#")]

@@ -211,11 +211,7 @@ class SearchSweep(Sweep):
             return
         self._seen[job.name] = size
         trial = self._trial(job)
-        reported = trial.storage.get_trial(trial._trial_id).intermediate_values
-        for step, loss in _evaluations(file):
-            if step in reported:  # the run goes on from a checkpoint, and repeats them
-                continue
-            trial.report(loss, step)
+        for step in _report(trial, file):
             if trial.should_prune():
                 self._ending[job.name] = step
                 entry.process.terminate()
@@ -246,6 +242,8 @@ class SearchSweep(Sweep):
             told: dict[str, Any] = {"state": states.PRUNED}
         else:
             super()._take(job)
+            # The last ones, or all of a run that nobody has watched: later runs are compared with them.
+            list(_report(trial, self.out / job.name / "metrics.jsonl"))
             told = {"values": math.log(self.results[job.name]), "state": states.COMPLETE}
         trial.study.tell(trial, skip_if_finished=True, **told)
 
@@ -256,6 +254,17 @@ class SearchSweep(Sweep):
 
 def _number(job: Job) -> int:
     return int(job.name.rpartition("-t")[2])
+
+
+def _report(trial: optuna.Trial, file: Path) -> Iterator[int]:
+    """Tell Optuna of the evaluations that it does not know yet; their steps."""
+    frozen = trial.storage.get_trial(trial._trial_id)
+    if frozen.state.is_finished():
+        return
+    for step, loss in _evaluations(file):
+        if step not in frozen.intermediate_values:  # a run that goes on from a checkpoint repeats them
+            trial.report(loss, step)
+            yield step
 
 
 def _evaluations(file: Path) -> Iterator[tuple[int, float]]:

@@ -188,11 +188,13 @@ def test_what_does_not_pass_ends_in_a_sentence(hub: Hub, pauses: list[float], fa
         ({"Retry-After": "30"}, 30),
         ({"RateLimit": '"api";r=0;t=40'}, 40),
         ({"Retry-After": "100000"}, 900),
-        ({"Retry-After": format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)}, 300),
+        ({"Retry-After": "in 5 minutes"}, 300),
         ({"Retry-After": "soon"}, 1),
     ],
 )
 def test_the_hub_may_ask_for_a_pause(hub: Hub, pauses: list[float], headers: dict[str, str], seconds: float) -> None:
+    if headers.get("Retry-After") == "in 5 minutes":
+        headers = {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)}
     hub.fail("tree", Fault("status", 429, headers))
     assert train().shards == 3
     assert len(pauses) == 1 and 0.7 * seconds <= pauses[0] <= 1.25 * seconds

@@ -57,6 +57,16 @@ def check_parallel(cfg: DictConfig, world: int) -> None:
             )
 
 
+def layout(cfg: DictConfig, world: int) -> str:
+    """For people: what lies where on ``world`` processes."""
+    t, nodes = cfg.trainer, cfg.trainer.shard_group == "node"
+    if t.parallel == "fsdp2":
+        whole = "" if cfg.optimizer.name in ELEMENTWISE else ", each matrix is updated whole by one of those"
+        return f"{world}, fsdp2: weights and states are divided among {'those of a node' if nodes else 'all'}{whole}"
+    owner = f"each matrix is updated, and its state kept, by one{' of each node' if nodes else ''}"
+    return f"{world}, ddp: weights on each, {owner if t.shard_optimizer else 'all states on each'}"
+
+
 class Parallel:
     """The layout of one run.
 

@@ -14,7 +14,7 @@ from optimizers.memory import state_bytes
 from .layerwise import check_layerwise
 from .loss import check_loss
 from .model import build_model, parameter_count
-from .parallel import check_parallel
+from .parallel import check_parallel, layout
 
 # Rows of one forward pass when trainer.micro_batch_size is auto. With trainer.loss=full the logits of 2^14 tokens with
 # 32,000 pieces take 2 GB in float32; on the CPU, more than the caches hold is slower, not faster.
@@ -50,7 +50,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     check_loss(cfg.trainer.loss, device)
     if cfg.trainer.layerwise:
         check_layerwise(cfg, micro_batch_rows(cfg, cfg.trainer.batch_size, device))
-    check_parallel(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    check_parallel(cfg, world)
     precision = choose_precision(cfg.trainer.precision, device)
     dtype = weight_dtype(precision)
     model = build_model(cfg.model, device="meta", dtype=dtype)
@@ -76,6 +77,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         "precision": f"{precision} on {device.type}" + (" (chosen by auto)" if t.precision == "auto" else ""),
         "memory": f"weights {_bytes(weights)}, gradients {_bytes(gradients)}, optimizer states {_states(optimizer, sizes)}, "
         "without activations",
+        **({"processes": layout(cfg, world)} if world > 1 else {}),
         "run_dir": str(cfg.run_dir),
     }
     text = "\n".join(f"{name.strip():10s} {line}" for name, line in lines.items())

@@ -187,7 +187,9 @@ def devices(cfg: Any) -> Iterator[Finding]:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
         yield ok("devices", f"no GPU; CPU with {os.cpu_count()} cores, {memory:.0f} GiB")
-        if wants_bf16 and cfg.trainer.device == "auto":
+        from pretraining.plan import choose_precision
+
+        if wants_bf16 and cfg.trainer.device == "auto" and choose_precision("auto", torch.device("cpu")) == "fp32":
             yield note("bf16", "a CPU computes bfloat16 slowly: trainer.precision=fp32 for trying things out")
 
 

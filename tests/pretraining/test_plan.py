@@ -54,3 +54,19 @@ def test_the_candidate_may_have_the_last_layer():
 def test_precision_is_only_chosen_when_asked():
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
     assert choose_precision("auto", torch.device("cpu")) in ("bf16_mixed", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "2, ddp: weights on each, each matrix is updated, and its state kept, by one"),
+        (["trainer.shard_optimizer=false"], "2, ddp: weights on each, all states on each"),
+        (["trainer.parallel=fsdp2"], "2, fsdp2: weights and states are divided among all, each matrix is updated whole"),
+        (["trainer.parallel=fsdp2", "optimizer=adam", "trainer.shard_group=node"], "divided among those of a node"),
+    ],
+)
+def test_the_plan_says_where_several_processes_keep_what(monkeypatch, settings, words):
+    alone = make_plan(compose(["experiment=quickstart", *settings])).text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert words in make_plan(compose(["experiment=quickstart", *settings])).text and "processes" not in alone

@@ -245,8 +245,8 @@ class Owners:
         for team in self.teams if optimizer.state else ():  # some classes make states before their first step
             if any(is_sharded(p) and p in optimizer.state for p in team.params):
                 raise ValueError(
-                    f"{type(optimizer).__name__} has made states for the shards of matrices, which it cannot use for whole "
-                    "ones: give it weights that are on every rank (DDP)"
+                    "the optimizer has made states for the shards of matrices before its first step, which it cannot use for "
+                    "whole ones: give it weights that are on every rank (DDP)"
                 )
             for p in team.owner.keys() - set(team.mine()):
                 optimizer.state.pop(p, None)

@@ -111,9 +111,16 @@ class Parallel:
         fully_shard(loss, mesh=mesh)
 
     def divide(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give every matrix an owner."""
+        """Give every matrix an owner.
+
+        Raises:
+            UserError: of a class that cannot have whole matrices in place of shards.
+        """
         if self.sharded:
-            self.owners = shard(optimizer) if self.whole else None
+            try:
+                self.owners = shard(optimizer) if self.whole else None
+            except ValueError as error:
+                raise UserError(f"trainer.parallel=fsdp2: {error}; set trainer.parallel=ddp") from error
         elif self.divides:
             group = None
             if self.team < self.ranks:
@@ -134,7 +141,7 @@ class Parallel:
             self.owners.wait()
 
     def check_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """After a step of a class that nobody here knows: refuse one that computes numbers from all matrices together.
+        """After the steps of a class that nobody here knows: refuse one that computes numbers from all matrices together.
 
         Raises:
             UserError: on all ranks alike.

@@ -1,4 +1,4 @@
-"""A launch that loses one of its processes, and what becomes of its run."""
+"""A launch that loses one of its processes and what becomes of its run; classes that cannot be divided."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
+from data.errors import UserError
+from pretraining.parallel import Parallel
 from pretraining.trainer import train
 
 from .test_trainer import ALICE, ROOT, TINY, config, lines
@@ -61,3 +66,22 @@ def test_a_launch_that_loses_a_rank_ends_and_goes_on_with_fewer(tmp_path):
     assert [line[:2] for line in ours] == [line[:2] for line in theirs]
     distances = [abs(a[2] - b[2]) / b[2] for a, b in zip(ours, theirs, strict=True)]
     assert max(distances) < 1e-3, max(distances)
+
+
+@pytest.mark.parametrize("elsewhere", [0.5, 0.25])
+def test_a_class_that_computes_a_number_from_all_matrices_is_refused(monkeypatch, elsewhere):
+    """As Prodigy does; the other rank's groups are made up."""
+    here = object.__new__(Parallel)
+    here.ranks, here.owners = 2, True
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    optimizer.param_groups[0]["d"] = 0.5
+
+    def gather(every, ours):
+        every[:] = [ours, [{**group, "d": elsewhere} for group in ours]]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    if elsewhere == 0.5:
+        here.check_groups(optimizer)
+    else:
+        with pytest.raises(UserError, match="computes d from all matrices together.*trainer.shard_optimizer=false"):
+            here.check_groups(optimizer)

@@ -61,7 +61,10 @@ def test_precision_is_only_chosen_when_asked():
     [
         ([], "2, ddp: weights on each, each matrix is updated, and its state kept, by one"),
         (["trainer.shard_optimizer=false"], "2, ddp: weights on each, all states on each"),
-        (["trainer.parallel=fsdp2"], "2, fsdp2: weights and states are divided among all, each matrix is updated whole"),
+        (
+            ["trainer.parallel=fsdp2"],
+            "2, fsdp2: weights and states are divided among all, each matrix is updated whole",
+        ),
         (["trainer.parallel=fsdp2", "optimizer=adam", "trainer.shard_group=node"], "divided among those of a node"),
     ],
 )

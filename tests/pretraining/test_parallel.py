@@ -83,5 +83,5 @@ def test_a_class_that_computes_a_number_from_all_matrices_is_refused(monkeypatch
     if elsewhere == 0.5:
         here.check_groups(optimizer)
     else:
-        with pytest.raises(UserError, match="computes d from all matrices together.*trainer.shard_optimizer=false"):
+        with pytest.raises(UserError, match=r"computes d from all matrices together.*trainer.shard_optimizer=false"):
             here.check_groups(optimizer)

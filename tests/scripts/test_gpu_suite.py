@@ -139,7 +139,7 @@ def test_a_training_may_save_at_the_end_of_the_time_and_goes_on_later(suite, mon
     suite.deadline = time.monotonic() + 600
     assert script.work(suite)
     done = suite.state(job)
-    assert done["state"] == "done" and done["seconds"] > stopped["seconds"]
+    assert done["state"] == "done" and done["seconds"] >= stopped["seconds"] > 0  # of both parts; the second is short
     assert not (folder / "checkpoints").exists()
 
 

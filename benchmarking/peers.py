@@ -127,16 +127,16 @@ def ours(config: str, rivals: Iterable[str] = (), label: str = "", method: str =
     return Contestant(name, method or config, make, clock, config, tuple(rivals), package="racs-alice")
 
 
-def compiled(config: str, *rivals: str) -> Contestant:
+def compiled(plain: Contestant) -> Contestant:
     """The same, with ``MatrixOptimizer.compile``."""
-    plain = ours(config, rivals, "compiled")
 
     def make(named: Named, rank: int) -> torch.optim.Optimizer:
         optimizer = plain.make(named, rank)
         optimizer.compile()  # type: ignore[attr-defined]
         return optimizer
 
-    return replace(plain, make=make)
+    label = f"{plain.name[:-1]}, compiled)" if plain.name.endswith(")") else f"{plain.name} (compiled)"
+    return replace(plain, name=label, make=make)
 
 
 def low_products(config: str, *rivals: str, label: str = "", **options: Any) -> Contestant:
@@ -202,7 +202,7 @@ def all_groups() -> dict[str, list[Contestant]]:
         "adam": [ours("adam", [ADAMW])],
         "racs": [
             ours("racs", ["pytorch_optimizer RACS"]),
-            compiled("racs", "pytorch_optimizer RACS"),
+            compiled(ours("racs", ["pytorch_optimizer RACS"])),
             other(
                 "pytorch_optimizer RACS",
                 "racs",
@@ -214,8 +214,10 @@ def all_groups() -> dict[str, list[Contestant]]:
         "low rank": [
             ours("alice", ["galore-torch", "pytorch_optimizer Alice"]),
             low_products("alice", "galore-torch", "pytorch_optimizer Alice"),
+            compiled(low_products("alice", "galore-torch", "pytorch_optimizer Alice")),
             ours("alice_0", ["galore-torch", "pytorch_optimizer Alice-0"]),
             low_products("alice_0", "galore-torch", "pytorch_optimizer Alice-0"),
+            compiled(low_products("alice_0", "galore-torch", "pytorch_optimizer Alice-0")),
             ours("galore", ["galore-torch"]),
             low_products("galore", "galore-torch"),
             other(

@@ -48,6 +48,7 @@ class Context:
         seed: the group's.
         largest: [B, 1, 1], the largest absolute entry of each matrix of the gradient, where it was needed already.
         energy: [B, n], the squared norms of the gradient's columns, where they were needed already.
+        squares: [B, m, n], the squares of the gradient's entries, where ``energy`` was computed from them.
         rounding: of the factors of float32 products, see ``linalg.matmul_rounding``.
         stored: dtype that the states of the matrix are kept in; None for the one they are computed in.
     """
@@ -60,6 +61,7 @@ class Context:
     estimate: Tensor | None = None
     largest: Tensor | None = None
     energy: Tensor | None = None
+    squares: Tensor | None = None
     rounding: float = 2.0**-23
     stored: torch.dtype | None = None
 
@@ -97,6 +99,11 @@ class Context:
         """Squared norms of the columns of the gradient as ``direction`` or :meth:`moderate` gave it: [B, n]."""
         return column_energy(G) if self.energy is None else self.energy
 
+    def squares_of(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        """Squares of the entries of the gradient as :meth:`moderate` gave it, [B, m, n], and their columns' sums, [B, n]."""
+        P = G.square() if self.squares is None else self.squares
+        return P, P.sum(-2) if self.energy is None else self.energy
+
     def _generator(self, name: str, step: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{name}/{step}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -125,6 +132,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         bounds: False if ``direction`` gets the gradient as it is, however large; see ``linalg.bounded``.
         compilable: False if ``direction`` depends on the number of the step, or draws.
         uses_weights: True if ``ctx.W`` is wanted.
+        uses_squares: True if ``direction`` asks for ``ctx.squares_of``.
         applies_scale: True if ``direction`` returns what is already multiplied by ``group["scale"]`` where it should be.
         moments: name -> signed, of the states that ``state_dtype="8bit"`` keeps as block-wise 8-bit codes.
         as_stored: names of states that ``direction`` gets in bfloat16 where they are kept and products are computed in it:
@@ -137,6 +145,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     bounds = True
     compilable = True
     uses_weights = False
+    uses_squares = False
     applies_scale = False
     moments: ClassVar[dict[str, bool]] = {}
     as_stored: frozenset[str] = frozenset()
@@ -201,7 +210,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def needs_energy(self, group: dict[str, Any]) -> bool:
         """Does ``direction`` ask for ``ctx.energy_of(G)``? Then that says, too, that no entry of G is too large."""
-        return False
+        return self.uses_squares
 
     def compile(self, **options: Any) -> None:
         """Let torch.compile fuse direction and update of the weights, for every shape apart; refreshes stay as they are.
@@ -378,9 +387,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         low = group.get("products") == "bfloat16" and params[0].dtype == torch.bfloat16  # then G is not widened
         G = stack([turn(p.grad) for p in params], torch.bfloat16 if low else compute)
         if self.bounds:
-            energy = column_energy(G) if looks_are_free(G) and self.needs_energy(group) else None
+            squares = energy = None
+            # compiled code fuses energies with what else reads G, but makes no squares that several passes share
+            if looks_are_free(G) and (self.uses_squares or (self.needs_energy(group) and not self._compiled)):
+                squares = G.square() if self.uses_squares else None
+                energy = column_energy(G) if squares is None else squares.sum(-2)
             G, ctx.largest = bounded(G, energy)
-            ctx.energy = energy if ctx.largest is None else None
+            if ctx.largest is None:
+                ctx.energy, ctx.squares = energy, squares
         if self.uses_weights:
             ctx.W = stack([turn(p) for p in params], compute)
         if self._estimates:
@@ -554,14 +568,14 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
     if isinstance(factor, float) and factor > torch.finfo(compute).max:
         factor = math.inf  # as it is for a tensor; torch would raise
     if isinstance(D, Factored):
-        if len(params) == 1 and first.dtype == compute and D.dtypes == {compute}:
+        if len(params) == 1 and first.dtype == compute and D.dtypes == {compute} and not torch.compiler.is_compiling():
             if decay is not None:
                 first.sub_(first * decay)  # not by 1 - decay, which is rounded
             D.subtract_from(first.unsqueeze(0), factor)
             return
         if isinstance(factor, Tensor):
             D, factor = D.times(factor), 1.0
-        D = D.dense(turned=first.stride(-2) == 1)
+        D = D.expression(compute) if torch.compiler.is_compiling() else D.dense(turned=first.stride(-2) == 1)
     if isinstance(factor, Tensor):
         D, factor = D.to(compute) * factor, 1.0
     for p, d in zip(params, D.unbind(0), strict=True):

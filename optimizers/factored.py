@@ -57,6 +57,18 @@ class Factored:
             return scaled.add_(product(R.mT, U.mT).mT if turned else product(U, R))
         return scaled[0].addmm_(U[0], R[0]).unsqueeze(0) if len(U) == 1 else scaled.baddbmm_(U, R)
 
+    def expression(self, dtype: torch.dtype) -> Tensor:
+        """The same in ``dtype``. torch.compile makes one pass over the weights of all of it but the product."""
+        terms = []
+        if self.U is not None and self.R is not None:
+            terms.append(product(self.U, self.R.to(self.U.dtype)).to(dtype))
+        if self.G is not None:
+            scaled = self.G.to(dtype)
+            for scale in (self.rows, self.columns):
+                scaled = scaled if scale is None else scaled * scale
+            terms.append(scaled)
+        return terms[0] + terms[1] if len(terms) > 1 else terms[0]
+
     def subtract_from(self, W: Tensor, factor: float | Tensor = 1.0) -> None:
         """W -= factor times this, in place; no tensor of that size comes in between, but for ``rows``. All of W's dtype."""
         if isinstance(factor, Tensor):

@@ -24,14 +24,15 @@ class NoConvergenceError(torch.linalg.LinAlgError):
     """Every attempt at the eigenvectors of a finite matrix failed; see :func:`or_previous`."""
 
 
-def each(f: Callable[..., Any], X: Tensor, *options: Any) -> Any:
-    """``f(x, *options)`` for every x of ``X`` [B, ...], results stacked: products of single matrices, on the CPU or if B = 1.
+def each(f: Callable[..., Any], *stacks: Tensor, **options: Any) -> Any:
+    """``f(x, ..., **options)`` for every x, ... of ``stacks`` [B, ...], results stacked: products of single matrices, on the
+    CPU or if B = 1.
 
     There these take less time than products of stacks, which elsewhere are the point.
     """
-    if len(X) > 1 and X.device.type != "cpu":
-        return torch.vmap(lambda x: f(x, *options))(X)
-    outs = [f(x, *options) for x in X.unbind(0)]
+    if len(stacks[0]) > 1 and stacks[0].device.type != "cpu":
+        return torch.vmap(lambda *xs: f(*xs, **options))(*stacks)
+    outs = [f(*xs, **options) for xs in zip(*(X.unbind(0) for X in stacks), strict=True)]
     join = torch.stack if len(outs) > 1 else lambda alone: alone[0].unsqueeze(0)
     return tuple(map(join, zip(*outs, strict=True))) if isinstance(outs[0], tuple) else join(outs)
 

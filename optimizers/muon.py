@@ -94,7 +94,7 @@ class Muon(MatrixOptimizer):
         m = state["m"].lerp_(G, 1 - beta)
         M = G.lerp(m, beta) if group["nesterov"] else m
         if group["orthogonalization"] == "quintic":
-            return each(quintic, M.bfloat16() if group["ns_dtype"] == "bfloat16" else M, steps, group["eps"])
+            return each(quintic, M.bfloat16() if group["ns_dtype"] == "bfloat16" else M, steps=steps, eps=group["eps"])
         return whiten(M, group["orthogonalization"], steps)
 
     def factor(self, shape: torch.Size, group: dict[str, Any], ctx: Context) -> float | Tensor:

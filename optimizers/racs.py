@@ -36,6 +36,7 @@ class RACS(MatrixOptimizer):
     """
 
     full_precision = frozenset({"s", "q", "phi"})
+    uses_squares = True
 
     def __init__(
         self,
@@ -76,11 +77,11 @@ class RACS(MatrixOptimizer):
         beta, eps = group["beta"], group["eps"]
         # s is of the second order in G, ||s||^2 of the fourth: unscaled, gradients below 1e-10 would leave float32.
         c, X = ctx.moderate(G)
-        P = X.square()
+        P, sums = ctx.squares_of(X)
 
-        s, q = each(fixed_point, P, group["iterations"], eps)  # line 5, s for G / c
-        s = state["s"].mul_(beta).add_(s * c[..., 0].square(), alpha=1 - beta)  # line 6
-        q = state["q"].mul_(beta).add_(q, alpha=1 - beta)  # line 7
+        s, q = each(fixed_point, P, sums, iterations=group["iterations"], eps=eps)  # line 5, s for G / c
+        s = state["s"].lerp_(s * c[..., 0].square(), 1 - beta)  # line 6
+        q = state["q"].lerp_(q, 1 - beta)  # line 7
         rows, columns = q.clamp_min(eps).rsqrt().unsqueeze(-1), s.clamp_min(eps).rsqrt().unsqueeze(-2)  # line 8
         # ||Diag(q)^(-1/2) G Diag(s)^(-1/2)||^2 = (1/q)^T G^2 (1/s)
         inverse_s = (columns * c).square().clamp(max=torch.finfo(P.dtype).max)  # of G / c; a zero column times it is 0
@@ -89,19 +90,21 @@ class RACS(MatrixOptimizer):
         return Factored(G=G, rows=rows, columns=columns).times(eta)
 
 
-def fixed_point(P: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+def fixed_point(P: Tensor, sums: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     """Eq. 16 from q = 1: power iteration to the principal singular vectors of the squared gradient.
 
     Args:
-        P: [m, n], entries of the gradient squared, the largest about 1.
+        P: [m, n], entries of the gradient squared.
+        sums: [n], of the columns of P: P^T q for q = 1.
         iterations: how many pairs of updates, s first.
         eps: the least value of a denominator.
 
     Returns:
         s [n] and q [m]; q s^T is the least-squares fit of q to P for that s.
     """
-    q = P.new_ones(len(P))
-    for _ in range(iterations):
-        s = P.mT @ q / (q @ q).clamp_min(eps)
-        q = P @ s / (s @ s).clamp_min(eps)
+    s = sums / len(P)
+    q = P.mv(s) / s.dot(s).clamp_min(eps)
+    for _ in range(iterations - 1):
+        s = P.mT.mv(q) / q.dot(q).clamp_min(eps)
+        q = P.mv(s) / s.dot(s).clamp_min(eps)
     return s, q

@@ -263,6 +263,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.precision": _PRECISION,
     "trainer.loss": _one_of("full", "chunked", "liger"),
     "trainer.compile": _FLAG,
+    "trainer.compile_optimizer": _FLAG,
     "trainer.layerwise": _FLAG,
     "trainer.parallel": _one_of("ddp", "fsdp2"),
     "trainer.shard_optimizer": _FLAG,

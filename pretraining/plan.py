@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
-from optimizers import create, describe
+from optimizers import MatrixOptimizer, create, describe
 from optimizers.memory import state_bytes
 
 from .layerwise import check_layerwise
@@ -93,9 +93,14 @@ def make_optimizer(cfg: DictConfig, model: torch.nn.Module) -> torch.optim.Optim
     """
     options: dict[str, Any] = OmegaConf.to_container(cfg.optimizer, resolve=True)  # type: ignore[assignment]
     try:
-        return create(options.pop("name"), model, verbose=False, **options)
+        optimizer = create(options.pop("name"), model, verbose=False, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer={cfg.optimizer.name}: {error}") from error
+    if cfg.trainer.compile_optimizer:
+        if not isinstance(optimizer, MatrixOptimizer) or not optimizer.compilable:
+            raise UserError(f"optimizer={cfg.optimizer.name} cannot be compiled: set trainer.compile_optimizer=false")
+        optimizer.compile()
+    return optimizer
 
 
 def choose_device(name: str) -> torch.device:

@@ -36,6 +36,7 @@ INDIFFERENT = (
     "optimizer.log_basis",
     "optimizer.products",
     "trainer.compile",
+    "trainer.compile_optimizer",
     "trainer.device",
     "trainer.dry_run",
     "trainer.keep_every",

@@ -287,7 +287,14 @@ def test_every_rival_is_somebody_in_the_same_group():
 def test_only_takes_the_rivals_along():
     chosen = peers.select(["alice_0"])
     assert {title: [c.name for c in group] for title, group in chosen.items()} == {
-        "low rank": [ADAMW, "alice_0", "alice_0 (bfloat16 products)", "galore-torch", "pytorch_optimizer Alice-0"]
+        "low rank": [
+            ADAMW,
+            "alice_0",
+            "alice_0 (bfloat16 products)",
+            "alice_0 (bfloat16 products, compiled)",
+            "galore-torch",
+            "pytorch_optimizer Alice-0",
+        ]
     }
     assert len(peers.select()) == len(peers.all_groups())
 

@@ -73,6 +73,7 @@ def test_factors_are_what_they_multiply_out_to(terms, turned):
     update.times(3.0).subtract_from(W)
     torch.testing.assert_close(W, expected)
     torch.testing.assert_close(update.dense(turned), X)
+    torch.testing.assert_close(update.expression(torch.float64), X)
     torch.testing.assert_close(update.times(torch.tensor(2.0)).dense(turned), 2 * X)
     assert torch.equal(parts["G"], kept), "the gradient is not the optimizer's to change"
 
@@ -200,6 +201,25 @@ def test_the_scale_of_the_gradient_does_not_matter_whether_entries_were_looked_a
     torch.testing.assert_close(*moved)
 
 
+def test_squares_serve_the_look_and_the_method():
+    """RACS squares a gradient of ordinary size once, and once more where it had to be scaled."""
+    squared = []
+
+    class Counted(RACS):
+        def direction(self, G, state, group, ctx):
+            squared.append(ctx.squares is not None)
+            P, sums = ctx.squares_of(ctx.moderate(G)[1])
+            torch.testing.assert_close(sums, P.sum(-2))
+            return super().direction(G, state, group, ctx)
+
+    p = nn.Parameter(torch.zeros(6, 10))
+    optimizer = Counted([p])
+    for scale in (1.0, 1e-12, 1e12, 1e-3):
+        p.grad = scale * draw(6, 10, dtype=torch.float32)
+        optimizer.step()
+    assert squared == [True, False, False, True]
+
+
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
@@ -276,22 +296,26 @@ def test_a_step_reads_nothing_from_the_device(name):
     ids=["racs", "alice", "muon"],
 )
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_compiled_step_is_the_plain_one_whatever_the_rate(method, options, decay):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_compiled_step_is_the_plain_one_whatever_the_rate(method, options, dtype, decay):
+    """In bfloat16 it is rounded less often: updates are added up in float32 before they reach the weights."""
+    if dtype == torch.bfloat16 and method is Alice:
+        options = {**options, "products": "bfloat16"}
     graphs = []
 
     def backend(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
-    plain = method(parameters(), weight_decay=decay, **options)
-    compiled = method(parameters(), weight_decay=decay, **options)
+    plain = method(parameters(dtype), weight_decay=decay, **options)
+    compiled = method(parameters(dtype), weight_decay=decay, **options)
     compiled.compile(backend=backend)
 
     def rates(t):
         return 0.01 / (t + 1)
 
     for a, b in zip(walk(compiled, 7, rates), walk(plain, 7, rates), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **({"rtol": 0.0, "atol": 0.02} if dtype == torch.bfloat16 else {}))
     assert len(graphs) == len(SHAPES), "one for each shape, none for a new rate"
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.errors import UserError
 from data.loader import TrainingBatches
 from pretraining import throughput
 from pretraining.trainer import Trainer, make_plan, train
@@ -160,3 +161,20 @@ def test_compiled_layers_train_alike_and_leave_names_alone(tmp_path):
     assert (tmp_path / "compiled/samples.txt").read_text().strip()
     ours, theirs = (load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", "compiled"))
     assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.slow
+def test_a_compiled_optimizer_trains_alike(tmp_path):
+    more = ["trainer.steps=3", "trainer.eval_every=3", "trainer.save_every=0"]
+    for method, rank in (("racs", []), ("alice", ["optimizer.rank=8", "optimizer.leading=3"])):
+        for name, asked in (("plain", "false"), ("compiled", "true")):
+            options = [f"optimizer={method}", *rank, f"trainer.compile_optimizer={asked}"]
+            train(config(tmp_path / method / name, *more, *options))
+        plain, compiled = ([x["loss"] for x in lines(tmp_path / method / name)] for name in ("plain", "compiled"))
+        assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["soap", "adam"])
+def test_what_cannot_be_compiled_is_refused(tmp_path, method):
+    with pytest.raises(UserError, match=r"set trainer\.compile_optimizer=false"):
+        train(config(tmp_path, f"optimizer={method}", "trainer.compile_optimizer=true"))

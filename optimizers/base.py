@@ -215,7 +215,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def compile(self, **options: Any) -> None:
         """Let torch.compile fuse direction and update of the weights, for every shape apart; refreshes stay as they are.
 
-        Measure before using it: on two CPU cores it paid for RACS in bfloat16 alone (docs/performance.md). Rates enter as
+        Measure before using it: on two CPU cores it paid for RACS, and for Alice with products=bfloat16 (docs/performance.md). Rates enter as
         tensors, so schedules do not compile again; other hyper-parameters are constants of the compiled code.
 
         Args:

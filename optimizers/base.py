@@ -132,7 +132,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         bounds: False if ``direction`` gets the gradient as it is, however large; see ``linalg.bounded``.
         compilable: False if ``direction`` depends on the number of the step, or draws.
         uses_weights: True if ``ctx.W`` is wanted.
-        uses_squares: True if ``direction`` asks for ``ctx.squares_of``.
+        uses_squares: True if ``direction`` asks for ``ctx.squares_of`` (in the gradient's dtype: not beside ``products``).
         applies_scale: True if ``direction`` returns what is already multiplied by ``group["scale"]`` where it should be.
         moments: name -> signed, of the states that ``state_dtype="8bit"`` keeps as block-wise 8-bit codes.
         as_stored: names of states that ``direction`` gets in bfloat16 where they are kept and products are computed in it:
@@ -215,8 +215,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def compile(self, **options: Any) -> None:
         """Let torch.compile fuse direction and update of the weights, for every shape apart; refreshes stay as they are.
 
-        Measure before using it: on two CPU cores it paid for RACS, and for Alice with products=bfloat16 (docs/performance.md). Rates enter as
-        tensors, so schedules do not compile again; other hyper-parameters are constants of the compiled code.
+        Measure before using it: on two CPU cores it paid for RACS, and for Alice with products=bfloat16
+        (docs/performance.md). Rates enter as tensors, so schedules do not compile again; other hyper-parameters are constants
+        of the compiled code. The first gradient that has to be scaled (zero, below 1e-5, above 1e5) compiles once more.
 
         Args:
             options: of torch.compile.
@@ -387,14 +388,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         low = group.get("products") == "bfloat16" and params[0].dtype == torch.bfloat16  # then G is not widened
         G = stack([turn(p.grad) for p in params], torch.bfloat16 if low else compute)
         if self.bounds:
-            squares = energy = None
             # compiled code fuses energies with what else reads G, but makes no squares that several passes share
             if looks_are_free(G) and (self.uses_squares or (self.needs_energy(group) and not self._compiled)):
-                squares = G.square() if self.uses_squares else None
-                energy = column_energy(G) if squares is None else squares.sum(-2)
-            G, ctx.largest = bounded(G, energy)
-            if ctx.largest is None:
-                ctx.energy, ctx.squares = energy, squares
+                ctx.squares = G.square() if self.uses_squares else None
+                ctx.energy = column_energy(G) if ctx.squares is None else ctx.squares.sum(-2)
+            G, ctx.largest = bounded(G, ctx.energy)
+            if ctx.largest is not None:  # the gradient has been scaled, or will be
+                ctx.energy = ctx.squares = None
         if self.uses_weights:
             ctx.W = stack([turn(p) for p in params], compute)
         if self._estimates:

@@ -102,13 +102,13 @@ def bounded(G: Tensor, energy: Tensor | None = None) -> tuple[Tensor, Tensor | N
     gradients are returned unchanged, to the bit.
 
     Args:
-        energy: squared norms of the columns of ``G``, if they are known. Where the largest norm is ``MODERATE``, entries
-            need not be looked at.
+        energy: squared norms of the columns of ``G``, if they are known. Where the largest norm of each matrix is
+            ``MODERATE``, entries need not be looked at.
 
     Returns:
         The gradient, and the largest absolute entry of each matrix of it, [B, 1, 1]; None where it was not looked at.
     """
-    if energy is not None and MODERATE[0] ** 2 <= energy.max().item() <= MODERATE[1] ** 2:
+    if energy is not None and all(MODERATE[0] ** 2 <= x <= MODERATE[1] ** 2 for x in energy.amax(-1).tolist()):
         return G, None
     limit = torch.finfo(G.dtype).max ** (1 / 3)
     largest = largest_entry(G)

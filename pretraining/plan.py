@@ -89,7 +89,7 @@ def make_optimizer(cfg: DictConfig, model: torch.nn.Module) -> torch.optim.Optim
     """The configured optimizer on the model's parameters.
 
     Raises:
-        UserError: what the optimizer says against its options.
+        UserError: what the optimizer says against its options; a method that cannot be compiled, if it is to be.
     """
     options: dict[str, Any] = OmegaConf.to_container(cfg.optimizer, resolve=True)  # type: ignore[assignment]
     try:

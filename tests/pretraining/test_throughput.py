@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.errors import UserError
 from data.loader import TrainingBatches
 from pretraining import throughput
+from pretraining.model import build_model
+from pretraining.plan import make_optimizer
 from pretraining.trainer import Trainer, make_plan, train
 
 from .test_trainer import ROOT, config, lines
@@ -166,6 +168,8 @@ def test_compiled_layers_train_alike_and_leave_names_alone(tmp_path):
 @pytest.mark.slow
 def test_a_compiled_optimizer_trains_alike(tmp_path):
     more = ["trainer.steps=3", "trainer.eval_every=3", "trainer.save_every=0"]
+    cfg = config(tmp_path, "optimizer=racs", "trainer.compile_optimizer=true")
+    assert make_optimizer(cfg, build_model(cfg.model))._compiled is not None
     for method, rank in (("racs", []), ("alice", ["optimizer.rank=8", "optimizer.leading=3"])):
         for name, asked in (("plain", "false"), ("compiled", "true")):
             options = [f"optimizer={method}", *rank, f"trainer.compile_optimizer={asked}"]

@@ -35,7 +35,7 @@ def partition(
     Args:
         model: any module; wrappers (DDP, torch.compile) are looked through.
         last_layer: "adam" (the paper's starred columns) or "candidate", for the output layer.
-        adam_lr: rate of the Adam group; None for the matrices' rate, as in the code base that the paper used.
+        adam_lr: rate of the Adam group; None for the matrices' rate, as the paper probably has it.
         adam_betas, adam_eps, adam_weight_decay, adam_state_dtype: of the Adam group.
         matrices: regular expressions; if there are any, only names that match one are matrices.
         adam: regular expressions of names that go to Adam whatever they are.

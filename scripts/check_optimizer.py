@@ -8,7 +8,7 @@ The battery of optimizers/battery.py first (seconds), then the embedded quicksta
 Adam on the rest (minutes), its perplexity beside those of the committed comparison.
 
 key=value is an option of the class; with a dot in its key, or called seed, run_dir, model, data or tokenizer, it goes to
-train.py (trainer.steps=50). The battery's matrices have 6 rows: --small gives an option another value there.
+train.py (trainer.steps=50). The battery's matrices have 6 to 12 rows: --small gives an option another value there.
 Exit code 0: all checks passed; 1: a check or the training failed; 2: nothing could be checked.
 """
 
@@ -79,7 +79,7 @@ def maker(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any])
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise UserError(
             f"{optimizer_class.__name__}(params{', ' * bool(given)}{given}) failed with {_sentence(error)}: give --lr and "
-            "options as key=value, and with --small those that have to suit matrices of 6 rows."
+            "options as key=value, and with --small those that have to suit matrices of 6 to 12 rows."
         ) from error
     return make
 

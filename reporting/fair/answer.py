@@ -10,6 +10,7 @@ from .gains import batch_runs, gain, gains, grown, settled
 from .records import REFERENCE, Fair, Row, lowest, methods
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
+NEAR = 0.03  # of configs/sweep/fair_rates.yaml and fair_control.yaml: pairs so near the best must have neighbours too
 
 
 def answer(fair: Fair) -> list[str]:
@@ -38,16 +39,17 @@ def _settled(rows: Iterable[Row]) -> list[Row]:
 
 
 def _first_look(fair: Fair) -> list[str]:
+    """Stage 1 where all its grids have ended: the lowest perplexity, and what lies so near that it says nothing."""
     parts = []
     for model in fair.models:
-        best = lowest(run for name in fair.plans.published for run in fair.grid(model, name).runs)
-        if best is not None:
-            grids = sum(fair.grid(model, name).finished for name in fair.plans.published)
-            parts.append(
-                f"on `{model}` {name_of(best.optimizer)} with {units.perplexity(best.perplexity)} "
-                f"({grids} of {len(fair.plans.published)} grids finished)"
-            )
-    return [f"Lowest perplexity so far in stage 1, one seed: {'; '.join(parts)}."] if parts else []
+        grids = [fair.grid(model, name) for name in fair.plans.published]
+        best = sorted((grid.best for grid in grids if grid.best), key=lambda run: run.perplexity)
+        if best and all(grid.finished for grid in grids):
+            near = [run for run in best if run.perplexity <= (1 + NEAR) * best[0].perplexity]
+            shown = [f"{name_of(run.optimizer)} {units.perplexity(run.perplexity)}" for run in near]
+            parts.append(f"on `{model}` {_and(shown)}")
+    within = f"the lowest perplexity and all within {100 * NEAR:g} % of it, which the grid's steps cannot tell apart"
+    return [f"Stage 1, one seed, {within}: {'; '.join(parts)}."] if parts else []
 
 
 def _leaders(ready: dict[str, list[Row]]) -> list[str]:
@@ -150,7 +152,10 @@ def _batches(fair: Fair) -> list[str]:
             parts.append(f"{name_of(method)} from {' and '.join(texts)}")
     if not parts:
         return []
-    return [f"From 2k to 64k tokens a step the gain over Adam goes, in nats with one seed: {'; '.join(parts)}."]
+    return [
+        "From 2k to 64k tokens a step, at equal numbers of steps and so with 32 times the text, the gain over Adam goes, in "
+        f"nats with one seed: {'; '.join(parts)}."
+    ]
 
 
 def name_of(name: str) -> str:

@@ -84,7 +84,7 @@ def _shared(fair: Fair) -> str:
         ("Python", _all(each.get("python") for each in environments)),
         *((name, _all(lookup(each, "versions", {}).get(name) for each in environments)) for name in versions),
         *(
-            (f"Commits, {WHAT.get(sweep, sweep)}", _all(map(_commit, fair.runs(sweep))))
+            (f"Commits, {WHAT.get(sweep, sweep)}", _all(map(commit_of, fair.runs(sweep))))
             for sweep in fair.sweeps
             if fair.runs(sweep)
         ),
@@ -92,7 +92,7 @@ def _shared(fair: Fair) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in facts)
 
 
-def _commit(run: Run) -> str | None:
+def commit_of(run: Run) -> str | None:
     commit = run.environment.get("commit")
     changes = " with uncommitted changes" if run.environment.get("uncommitted_changes") else ""
     return f"{commit[:10]}{changes}" if commit else None

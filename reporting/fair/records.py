@@ -253,18 +253,40 @@ def _first(runs: Sequence[Run], target: float) -> int | None:
     return first_evaluation(steps[after], values.mean(axis=0)[after], target * (1 + 1e-12), every=1)
 
 
+def against_plain(fair: Fair, model: str) -> list[Row]:
+    """Stage 2 held against plain Alice instead of Adam: a second family of tests, by the same rule."""
+    return _rows(fair, "fair_best", model, fair.names("fair_best"), PLAIN)
+
+
 def out_of_domain(runs: Sequence[Run]) -> list[float]:
     """Perplexities on C4's validation text, of the runs that have been evaluated on it."""
+    found = (lookup(_evaluations(run), "c4.perplexity") for run in runs)
+    return [float(value) for value in found if is_number(value)]
+
+
+def unseen(runs: Sequence[Run]) -> list[float]:
+    """Perplexities on validation rows by which nothing was chosen, of the runs that have been evaluated on them.
+
+    "fresh" is the mean loss of all validation rows, those on which rates were selected first: they are taken out.
+    """
     found = []
     for run in runs:
-        file = run.path / "evaluations.json"
-        if file.is_file():
-            try:
-                value = lookup(json.loads(file.read_text(encoding="utf-8")), "c4.perplexity")
-            except ValueError as error:
-                raise ValueError(f"{file} is not valid JSON: restore it.") from error
-            found += [float(value)] if is_number(value) else []
+        evaluated, used = _evaluations(run), lookup(run.summary, "validation_tokens")
+        loss, tokens = (lookup(evaluated, f"fresh.{name}") for name in ("loss", "tokens"))
+        if is_number(loss) and is_number(tokens) and is_number(used) and tokens > used:
+            found.append(math.exp((loss * tokens - math.log(run.perplexity) * used) / (tokens - used)))
     return found
+
+
+def _evaluations(run: Run) -> Mapping[str, object]:
+    """What a finished run was evaluated on afterwards, by name; {} if there is nothing."""
+    file = run.path / "evaluations.json"
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: restore it.") from error
 
 
 def wall_clock(rows: Sequence[Row]) -> tuple[dict[str, float], str]:
@@ -340,11 +362,19 @@ def step_test(fair: Fair, model: str, step: Step) -> Welch:
 
 
 def repeats(fair: Fair, model: str) -> list[tuple[Run, Run]]:
-    """Runs of fair_repeat, each with an earlier one of the same configuration and seed."""
+    """Runs of fair_repeat, each with an earlier one of the same configuration and seed.
+
+    A setting that only one of them has came with a newer version, as its default.
+    """
     earlier = [*fair.runs("fair_rates", model), *fair.runs("fair_ablations", model)]
     found = []
     for run in fair.runs("fair_repeat", model):
-        alike = (each for each in earlier if each.seed == run.seed and settings(each) == settings(run))
+        mine = settings(run)
+        alike = (
+            each
+            for each in earlier
+            if each.seed == run.seed and all(mine[key] == x for key, x in settings(each).items() if key in mine)
+        )
         twin = next(alike, None)
         if twin is not None:
             found.append((twin, run))

@@ -13,8 +13,22 @@ from ..records import Run
 from ..statistics import deviation, mean
 from ..text import NOT_RUN, markdown
 from .answer import name_of
+from .circumstances import commit_of
 from .gains import ADAM_RATE, CANDIDATE_RATE, CONTROLLED, at_end, batch_runs, best_at, gain, gains, settled, tried
-from .records import PLAIN, REFERENCE, STEPS, Fair, Row, ablations, methods, out_of_domain, repeats, step_test
+from .records import (
+    PLAIN,
+    REFERENCE,
+    STEPS,
+    Fair,
+    Row,
+    ablations,
+    against_plain,
+    methods,
+    out_of_domain,
+    repeats,
+    step_test,
+    unseen,
+)
 
 BATCHES = ("2k", "16k", "64k")  # tokens a step
 
@@ -44,8 +58,8 @@ CHOICES = {
 
 
 def stage_2(fair: Fair, model: str, out: Path) -> str:
-    head = ["method", "matrix rate", "Adam group", "perplexity", "C4 perplexity", "difference to Adam [95 %]", "p (Holm)",
-            "verdict", "states", "speed-up in steps", "seeds"]  # fmt: skip
+    head = ["method", "matrix rate", "Adam group", "perplexity", "on unseen rows", "C4 perplexity",
+            "difference to Adam [95 %]", "p (Holm)", "verdict", "states", "speed-up in steps", "seeds"]  # fmt: skip
     rows, missing = [], []
     for row in methods(fair, model):
         if not row.runs:
@@ -59,6 +73,7 @@ def stage_2(fair: Fair, model: str, out: Path) -> str:
                 f"{first.lr:g}",
                 f"{first.adam_lr:g}",
                 spread(row),
+                "–" if row.diverged else values(unseen(row.runs)) or NOT_RUN,
                 "–" if row.diverged else values(out_of_domain(row.runs)) or NOT_RUN,
                 *compared(row),
                 units.size(size) if size else "–",
@@ -67,6 +82,12 @@ def stage_2(fair: Fair, model: str, out: Path) -> str:
             ]
         )
     return markdown(head, rows) + _missing(missing)
+
+
+def stage_2_against_plain(fair: Fair, model: str, out: Path) -> str:
+    head = ["method", f"difference to {name_of(PLAIN)} [95 %]", "p (Holm)", "verdict"]
+    rows = [[name_of(row.name), *compared(row)] for row in against_plain(fair, model) if row.runs]
+    return markdown(head, rows)
 
 
 def stage_1(fair: Fair, model: str, out: Path) -> str:
@@ -147,6 +168,9 @@ def gains_table(fair: Fair) -> str:
     for model in fair.models:
         for method in CONTROLLED:
             if not tried(fair, model, method):
+                continue
+            if not all(fair.grid(model, name).finished for name in (REFERENCE, method)):
+                rows.append([f"`{model}`", f"{name_of(method)} (grid not finished)", *("–" for _ in columns)])
                 continue
             found = gains(fair, model, method)
             cells = [
@@ -242,6 +266,8 @@ def repeat(fair: Fair, out: Path) -> str:
         for first, again in repeats(fair, model):
             difference = gain(first, again)
             text = "–" if difference is None else "0, the same number" if difference == 0 else f"{-difference:+.2e}"
+            if (then := commit_of(first)) != (now := commit_of(again)):
+                text += f" (commits {then} and {now})"
             rows.append([f"`{model}`", name_of(again.optimizer), linked(first, out), linked(again, out), text])
     return markdown(head, rows, left=2) if rows else f"{NOT_RUN.capitalize()}."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,11 @@ def _write(root: Path, plan: Plan, value: Value, c4: float) -> Mapping[str, floa
             write_job(root / plan.name / job.name, job, perplexity)
             if plan.evaluate and perplexity != float("inf"):
                 file = root / plan.name / job.name / "evaluations.json"
-                file.write_text(json.dumps({"c4": {"perplexity": c4 * perplexity}}))
+                summary = json.loads((file.parent / "summary.json").read_text())
+                used, loss = summary["validation_tokens"], math.log(perplexity)
+                # Twice as many rows, the new ones at 1.5 times the perplexity.
+                fresh = {"loss": loss + math.log(1.5) / 2, "tokens": 2 * used}
+                file.write_text(json.dumps({"c4": {"perplexity": c4 * perplexity}, "fresh": fresh}))
             results[job.name] = perplexity
     return results
 

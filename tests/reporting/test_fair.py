@@ -18,8 +18,19 @@ from reporting.fair.circumstances import made, progress
 from reporting.fair.figures import available, draw
 from reporting.fair.gains import at_end, batch_runs, best_at, gains, settled
 from reporting.fair.page import page, write
-from reporting.fair.records import Fair, Grid, Row, ablations, load_fair, methods, repeats, wall_clock
-from reporting.fair.tables import CHOICES, PARTS, batch, gains_table, repeat, stage_1, stage_2, steps_table, variants
+from reporting.fair.records import Fair, Grid, Row, ablations, against_plain, load_fair, methods, repeats, wall_clock
+from reporting.fair.tables import (
+    CHOICES,
+    PARTS,
+    batch,
+    gains_table,
+    repeat,
+    stage_1,
+    stage_2,
+    stage_2_against_plain,
+    steps_table,
+    variants,
+)
 from scripts.fair_report import plans
 from tests.reporting.fair_plans import BEST, MODELS, STEPS, perplexity, write_plans
 from tests.reporting.fair_records import write_fair
@@ -166,8 +177,10 @@ def test_the_table_of_stage_2_shows_spread_and_c4(fair, whole):
     values = [50 * math.exp(0.005 * seed) for seed in (-1, 0, 1)]
     mean, deviation = sum(values) / 3, (sum((v - sum(values) / 3) ** 2 for v in values) / 2) ** 0.5
     row = cells(table, "Alice")
-    assert row[3:5] == [f"{mean:.2f} ± {deviation:.2f}", f"{2 * mean:.1f} ± {2 * deviation:.2f}"]
-    assert row[7] == "better" and row[-1] == "43, 44, 45"
+    assert row[3] == f"{mean:.2f} ± {deviation:.2f}"
+    assert row[4] == f"{1.5 * mean:.2f} ± {1.5 * deviation:.2f}", "without the rows on which rates were chosen"
+    assert row[5] == f"{2 * mean:.1f} ± {2 * deviation:.2f}"
+    assert row[8] == "better" and row[-1] == "43, 44, 45"
     assert cells(table, "RACS")[-2] == "never"
     assert "(runs/fair_best/llama_tiny/alice-s44)" in table
 
@@ -176,8 +189,16 @@ def test_no_difference_is_claimed_while_seeds_are_missing(fair, whole):
     fair = without(fair, "fair_best/llama_tiny/adam-s45")
     assert by_name(methods(fair, TINY))["alice"].pair.verdict == "better"  # by what is there
     assert by_name(methods(fair, TINY))["alice"].claim is None
-    assert cells(stage_2(fair, TINY, whole), "Alice")[7] == "provisional: seeds are missing"
+    assert cells(stage_2(fair, TINY, whole), "Alice")[8] == "provisional: seeds are missing"
     assert cells(stage_2(fair, TINY, whole), "Adam")[-1] == "43, 44 (2 of 3)"
+
+
+def test_alice_is_the_reference_of_a_second_family(fair, whole):
+    table = stage_2_against_plain(fair, TINY, whole)
+    assert cells(table, "Alice")[1] == "reference"
+    adam = by_name(against_plain(fair, TINY))["adam"]
+    assert adam.pair.test.difference == pytest.approx(math.log(60 / 50)) and adam.claim == "worse"
+    assert cells(table, "Adam")[3] == "worse"
 
 
 def test_a_method_that_has_not_run_makes_no_other_claim_easier(fair, whole):
@@ -189,13 +210,13 @@ def test_a_method_that_has_not_run_makes_no_other_claim_easier(fair, whole):
 
 def test_without_adam_nothing_is_compared(fair, whole):
     row = cells(stage_2(without(fair, "fair_best/llama_tiny/adam-*"), TINY, whole), "Alice")
-    assert row[5:8] == ["the reference has not run", "–", "–"] and row[9] == "–"
+    assert row[6:9] == ["the reference has not run", "–", "–"] and row[10] == "–"
 
 
 def test_a_diverged_seed_is_neither_averaged_nor_claimed(fair, whole):
     fair = changed(fair, "fair_best/llama_tiny/alice-s44", diverged=7)
     row = cells(stage_2(fair, TINY, whole), "Alice")
-    assert row[3:5] == ["1 of 3 diverged", "–"] and "1 of 3 diverged: no test" in row[5]
+    assert row[3:6] == ["1 of 3 diverged", "–", "–"] and "1 of 3 diverged: no test" in row[6]
     assert by_name(methods(fair, TINY))["alice"].claim is None
     assert "has Adam on `llama_tiny` (60.00)" in " ".join(answer(fair))  # not Alice, whose mean is infinite
     assert "diverged at step 7" in write(page(fair, whole, []))
@@ -290,6 +311,23 @@ def test_repetitions_are_paired_by_configuration_and_seed(fair, whole):
     table = repeat(fair, whole).splitlines()
     assert table[2].endswith("| 0, the same number |")
     assert table[3].endswith(f"| {math.log(50.5 / 50):+.2e} |")
+
+
+def test_a_repetition_by_another_version_is_paired_and_says_so(fair, whole):
+    """A setting that one of the two does not have came with the newer version."""
+    folder = "fair_repeat/llama_tiny/alice-s42"
+    again = fair.ended[folder]
+    newer = replace(
+        again,
+        config={**again.config, "trainer": {**again.config["trainer"], "new": True}},
+        environment={**again.environment, "commit": "f" * 40},
+    )
+    fair = Fair(fair.plans, {**fair.ended, folder: newer})
+    assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam", "alice"]
+    assert f"and {'f' * 10})" in repeat(fair, whole).splitlines()[3]
+    other = replace(again, config={**again.config, "trainer": {**again.config["trainer"], "warmup_fraction": 0.5}})
+    fair = Fair(fair.plans, {**fair.ended, folder: other})
+    assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam"]
 
 
 # The answer and the page -------------------------------------------------------------------------------------------------

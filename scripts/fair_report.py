@@ -27,7 +27,9 @@ from reporting.paper.page import sections  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
 
 PLANS = ROOT / "configs" / "sweep"
-SWEEPS = ("fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat")
+SWEEPS = (
+    "fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat", "fair_adam", "fair_long"
+)  # fmt: skip
 
 
 def plans(records: Path, folder: Path) -> Plans:

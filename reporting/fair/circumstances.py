@@ -22,6 +22,8 @@ WHAT = {
     "fair_ablations": "ablations",
     "fair_batch": "batch size",
     "fair_repeat": "the same run twice",
+    "fair_adam": "Adam's averages",
+    "fair_long": "longer runs",
 }
 
 TEXT = (

@@ -23,11 +23,13 @@ from .tables import (
     batch,
     gains_table,
     group_rates,
+    longer,
     repeat,
     stage_1,
     stage_2,
     stage_2_against_plain,
     steps_table,
+    untuned,
     variants,
 )
 
@@ -74,6 +76,8 @@ def page(fair: Fair, out: Path, figures: Iterable[Path]) -> list[Section]:
         Section("Open choices", _choices(source)),
         Section("Batch size", _batch(source)),
         Section("The same run twice", _repeat(source)),
+        Section("What was not tuned", _untuned(source)),
+        Section("Longer runs", _longer(source)),
         Section("How it was made", made(fair)),
         Section("Every run", everything(fair, out)),
     ]
@@ -172,9 +176,9 @@ def _choices(source: Source) -> str:
 def _batch(source: Source) -> str:
     return source.part(
         "fair_batch",
-        f"{_budget(source.fair, 'fair_batch')} The better of the best matrix rate of stage 1 and three times it (2k: that "
-        "rate alone), with the rate in brackets, and below it the loss less Adam's at the same batch. No significance "
-        "is claimed.",
+        f"{_budget(source.fair, 'fair_batch')} The better of the best matrix rate of stage 1 and three times it, with "
+        "the rate in brackets, and below it the loss less Adam's at the same batch. Steps are equal, so larger batches see "
+        "more text. No significance is claimed.",
         source.by_model(batch, "fair_batch"),
     )
 
@@ -184,6 +188,24 @@ def _repeat(source: Source) -> str:
         "fair_repeat",
         "Equal configuration and seed, run again: what repetition alone changes.",
         repeat(source.fair, source.out),
+    )
+
+
+def _untuned(source: Source) -> str:
+    return source.part(
+        "fair_adam",
+        f"{_budget(source.fair, 'fair_adam')} Adam's averages and SOAP's published interval; difference to the method's best "
+        "run of stage 1, which has the same seed. No significance is claimed.",
+        source.by_model(untuned, "fair_adam"),
+    )
+
+
+def _longer(source: Source) -> str:
+    return source.part(
+        "fair_long",
+        f"{_budget(source.fair, 'fair_long')} Ten times those of stage 1, at its best rates and at 0.3 times the matrix rate. "
+        "No significance is claimed.",
+        source.by_model(longer, "fair_long"),
     )
 
 

@@ -272,6 +272,31 @@ def repeat(fair: Fair, out: Path) -> str:
     return markdown(head, rows, left=2) if rows else f"{NOT_RUN.capitalize()}."
 
 
+def untuned(fair: Fair, model: str, out: Path) -> str:
+    rows = []
+    for asked in fair.asked("fair_adam", model):
+        run, before = fair.ended.get(asked.folder), fair.grid(model, asked.optimizer).best
+        change = gain(run, before)
+        rows.append(
+            [
+                f"`{asked.name}`",
+                linked(before, out) if before else NOT_RUN,
+                linked(run, out) if run else NOT_RUN,
+                f"{change:+.4f}" if change is not None else "–",
+            ]
+        )
+    return markdown(["variant", "stage 1", "perplexity", "difference of loss"], rows)
+
+
+def longer(fair: Fair, model: str, out: Path) -> str:
+    rows = []
+    for asked in fair.asked("fair_long", model):
+        run = fair.ended.get(asked.folder)
+        rates = [f"{run.lr:g}", f"{run.adam_lr:g}"] if run else ["–", "–"]
+        rows.append([name_of(asked.optimizer), *rates, linked(run, out) if run else NOT_RUN])
+    return markdown(["method", "matrix rate", "Adam group", "perplexity"], rows)
+
+
 # Cells -----------------------------------------------------------------------------------------------------------------
 
 

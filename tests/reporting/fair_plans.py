@@ -45,6 +45,17 @@ PLANS = {
         },
     },
     "fair_repeat": {"rates_from": "fair_rates", "seeds": [42], "variants": {"adam": None, "alice": None}},
+    "fair_adam": {
+        "rates_from": "fair_rates",
+        "seeds": [42],
+        "variants": {"adam_b95": {"optimizer": "adam", "settings": ["optimizer.betas=[0.9,0.95]"]}},
+    },
+    "fair_long": {
+        "rates_from": "fair_rates",
+        "seeds": [43],
+        "settings": [f"trainer.steps={2 * STEPS}"],
+        "variants": {"adam": None, "alice_lr03": {"optimizer": "alice", "lr_factor": 0.3}},
+    },
 }
 
 # Best pair and perplexity there. RACS's best matrix rate lies outside the grid that its plan begins with.

@@ -23,7 +23,7 @@ def write_fair(root: Path, plans: Path, value: Value, c4: float = 2.0) -> None:
     results = _write(root, grid, value, c4)
     keys = [(model, name) for model in grid.models for name in grid.optimizers]
     best = {key: pair for key in keys if (pair := grid.best(*key, results)) is not None}
-    for name in ("fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat"):
+    for name in [file.stem for file in sorted(plans.glob("fair_*.yaml")) if file.stem != "fair_rates"]:
         _write(root, replace(load_plan(plans / f"{name}.yaml"), rates=best), value, c4)
 
 

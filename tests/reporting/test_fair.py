@@ -24,11 +24,13 @@ from reporting.fair.tables import (
     PARTS,
     batch,
     gains_table,
+    longer,
     repeat,
     stage_1,
     stage_2,
     stage_2_against_plain,
     steps_table,
+    untuned,
     variants,
 )
 from scripts.fair_report import plans
@@ -330,6 +332,16 @@ def test_a_repetition_by_another_version_is_paired_and_says_so(fair, whole):
     assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam"]
 
 
+def test_what_was_not_tuned_is_held_against_stage_1_and_longer_runs_are_listed(fair, whole):
+    fair = changed(fair, "fair_adam/llama_tiny/adam_b95-s42", perplexity=57.0)
+    row = cells(untuned(fair, TINY, whole), "`adam_b95`")
+    assert row[1:] == ["60.00", "57.00", f"{math.log(57 / 60):+.4f}"]
+    assert cells(untuned(without(fair, "fair_adam/*"), TINY, whole), "`adam_b95`")[2:] == ["not run", "–"]
+    assert cells(longer(fair, TINY, whole), "Alice")[1:3] == ["0.006", "0.006"]  # 0.3 times its best rate
+    text = write(page(without(fair, "fair_long/*"), whole, []))
+    assert "## Longer runs\n\nNot run." in text and "| `adam_b95` |" in text
+
+
 # The answer and the page -------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +372,8 @@ def test_commits_are_listed_by_part(fair, whole):
     other = replace(run, environment={**run.environment, "commit": "0123456789abcdef"})
     text = made(Fair(fair.plans, {**fair.ended, "fair_repeat/llama_tiny/alice-s42": other}))
     lines = {name: line for line in text.splitlines() for name in re.findall("^- Commits, ([^:]*):", line)}
-    assert list(lines) == ["stage 1", "control", "stage 2", "ablations", "batch size", "the same run twice"]
+    asked = ["stage 1", "control", "stage 2", "ablations", "batch size", "the same run twice"]
+    assert list(lines) == [*asked, "Adam's averages", "longer runs"]
     assert [name for name, line in lines.items() if "0123456789" in line] == ["the same run twice"]
 
 

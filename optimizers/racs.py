@@ -102,7 +102,7 @@ def fixed_point(P: Tensor, sums: Tensor, iterations: int, eps: float) -> tuple[T
     Returns:
         s [n] and q [m]; q s^T is the least-squares fit of q to P for that s.
     """
-    s = sums / max(len(P), eps)
+    s = sums / max(len(P), eps)  # q = 1: the squared norm is m
     q = P.mv(s) / s.dot(s).clamp_min(eps)
     for _ in range(iterations - 1):
         s = P.mT.mv(q) / q.dot(q).clamp_min(eps)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import units
 from ..statistics import RULE
 from ..text import NOT_RUN
 from .answer import NEAR, answer, name_of
@@ -103,7 +104,7 @@ def _stage_2(source: Source) -> str:
         "all steps over the steps to the first evaluation (every 100) at or under Adam's final mean perplexity. States are "
         "the optimizer's, all parameters together. Seeds link to their records.",
         f"> {RULE}",
-        source.by_model(stage_2, "fair_best"),
+        source.by_model(_with_ngrams(stage_2, "fair_best"), "fair_best"),
         "The same held against plain Alice, a family of tests of its own.",
         source.by_model(stage_2_against_plain, "fair_best"),
         *_clock_notes(source.fair),
@@ -111,6 +112,25 @@ def _stage_2(source: Source) -> str:
         source.picture("speedup", "Speed-up over Adam in steps and in time"),
         source.picture("memory", "Final perplexity against the memory of optimizer states"),
     )
+
+
+def _with_ngrams(table: Callable[[Fair, str, Path], str], sweep: str) -> Callable[[Fair, str, Path], str]:
+    """The table, and below it what n-gram models reach that were counted on as much text as its runs read."""
+
+    def both(fair: Fair, model: str, out: Path) -> str:
+        read = {run.summary["tokens"] for run in fair.runs(sweep, model) if run.summary}
+        by_tokens = {each.tokens: each for each in fair.ngrams.get(model, ())}
+        equal, whole = by_tokens.get(next(iter(read))) if len(read) == 1 else None, by_tokens.get(None)
+        if equal is None or whole is None:
+            return table(fair, model, out)
+        return _join(
+            table(fair, model, out),
+            "For comparison: an interpolated bigram model counted on as many tokens as a run reads has "
+            f"{units.perplexity(equal.bigram)}, counted on all training text {units.perplexity(whole.bigram)}; a unigram "
+            f"{units.perplexity(equal.unigram)} ([record]({os.path.relpath(equal.path, out)})).",
+        )
+
+    return both
 
 
 def _stage_1(source: Source) -> str:
@@ -124,7 +144,7 @@ def _stage_1(source: Source) -> str:
         f"whose best perplexity is at most {100 * (FLAT - 1):.0f} % higher; where they reach the first or the last rate "
         f"tried, an end of the grid, there may be more. At the published matrix rate: with {CANDIDATE_RATE:g} for the Adam "
         "group.",
-        source.by_model(stage_1, "fair_rates"),
+        source.by_model(_with_ngrams(stage_1, "fair_rates"), "fair_rates"),
         source.picture("group_rate", "Final perplexity against the rate of the Adam group"),
         source.picture("sensitivity", "Final perplexity against the matrix rate over its best value"),
     )

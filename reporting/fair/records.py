@@ -103,16 +103,35 @@ class Grid:
         return rates[low], rates[high], low == 0 or high == len(rates) - 1
 
 
+@dataclass(frozen=True)
+class Ngrams:
+    """Perplexities of n-gram models on the validation rows of the runs (data/ngrams.py).
+
+    Attributes:
+        tokens: of training text that they were counted on, the first ones; None: all.
+        path: the record.
+    """
+
+    tokens: int | None
+    unigram: float
+    bigram: float
+    path: Path
+
+
 class Fair:
     """The records of the comparison, by what was asked for.
 
     Args:
         runs: by their folder below the records, as `Asked` has it; those that have not ended are left out.
+        ngrams: n-gram models by the proxy whose tokenizer and rows they have.
     """
 
-    def __init__(self, plans: Plans, runs: Mapping[str, Run]) -> None:
+    def __init__(
+        self, plans: Plans, runs: Mapping[str, Run], ngrams: Mapping[str, Sequence[Ngrams]] | None = None
+    ) -> None:
         self.plans = plans
         self.ended = {folder: run for folder, run in runs.items() if not math.isnan(run.perplexity)}
+        self.ngrams = dict(ngrams or {})
 
     @cached_property
     def models(self) -> list[str]:
@@ -159,7 +178,17 @@ def load_fair(root: Path, plans: Plans) -> Fair:
         ValueError: a malformed record.
     """
     folders = [asked.folder for asked in plans.asked if (root / asked.folder / "config.yaml").is_file()]
-    return Fair(plans, {folder: load_run(root / folder) for folder in folders})
+    ngrams = {file.stem: _ngrams(file) for file in sorted((root / "fair_ngrams").glob("*.json"))}
+    return Fair(plans, {folder: load_run(root / folder) for folder in folders}, ngrams)
+
+
+def _ngrams(file: Path) -> list[Ngrams]:
+    """A record of scripts/ngrams.py."""
+    try:
+        cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+        return [Ngrams(case["tokens"], float(case["unigram"]), float(case["bigram"]), file) for case in cases]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no record of scripts/ngrams.py: restore it.") from error
 
 
 def lowest(runs: Iterable[Run]) -> Run | None:

@@ -1,5 +1,6 @@
 """The fair comparison's report on records whose perplexities are known."""
 
+import json
 import math
 import re
 import shutil
@@ -185,6 +186,21 @@ def test_the_table_of_stage_2_shows_spread_and_c4(fair, whole):
     assert row[8] == "better" and row[-1] == "43, 44, 45"
     assert cells(table, "RACS")[-2] == "never"
     assert "(runs/fair_best/llama_tiny/alice-s44)" in table
+
+
+def test_bigrams_counted_on_as_much_text_as_a_run_reads_stand_below_the_table(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs/fair_ngrams").mkdir()
+    read = load(tmp_path).runs("fair_rates", TINY)[0].summary["tokens"]
+    cases = [{"tokens": n, "unigram": 300.0, "bigram": b} for n, b in ((read - 1, 70.0), (read, 65.5), (None, 59.5))]
+    (tmp_path / f"runs/fair_ngrams/{TINY}.json").write_text(json.dumps({"cases": cases}))
+    text = write(page(load(tmp_path), tmp_path / "fair", []))
+    line = next(line for line in text.splitlines() if line.startswith("For comparison"))
+    assert "a run reads has 65.50" in line and "all training text 59.50" in line and "unigram 300.0" in line
+    assert f"](../runs/fair_ngrams/{TINY}.json)" in line
+    (tmp_path / f"runs/fair_ngrams/{TINY}.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no record of scripts/ngrams\.py: restore it\."):
+        load(tmp_path)
 
 
 def test_no_difference_is_claimed_while_seeds_are_missing(fair, whole):

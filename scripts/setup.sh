@@ -5,7 +5,7 @@
 #
 # PYTHON chooses the interpreter, PIP_ARGS adds options for pip (an index with CPU builds of torch, for example).
 # With SYSTEM=1 nothing is installed: the packages must already be there for PYTHON.
-set -euo pipefail
+set -eEuo pipefail   # E: the trap below holds inside functions too
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv

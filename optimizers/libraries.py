@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .base import MatrixOptimizer
 from .combined import Combined
+from .sharding import is_sharded
 
 # What a user has to install for a target, where the name differs from the module's
 PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "adam_mini": "adam-mini"}
@@ -83,6 +84,11 @@ def on_matrices(groups: list[dict[str, Any]], target: str, lr: float | Tensor, *
         raise ValueError(f"{target} does not start: {error}; its options are lr, {accepted}") from error
     if isinstance(matrix, MatrixOptimizer) and any("estimator" in group for group in matrix.param_groups):
         raise ValueError("Sophia gets its estimates under its own names; use optimizer=sophia_h or sophia_g")
+    if torch.__version__ < "2.13" and any(is_sharded(p) for _, p in groups[0]["params"]):
+        # There DTensor has no _foreach_lerp and no _foreach_sign, which Lion and Signum call.
+        for group in matrix.param_groups:
+            if group.get("foreach", False) is None:
+                group["foreach"] = False
     matrix.param_groups[0].setdefault("param_names", [name for name, _ in groups[0]["params"]])
     if len(groups) == 1:
         return Combined(matrix)

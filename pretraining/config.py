@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
 
+from .settings import comments, described
 from .signals import LOST_CONTACT, Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -54,7 +55,9 @@ def choices(group: str, folders: bool = False) -> list[str]:
 
 
 def _listed(group: str) -> str:
-    """The choices for people: of a folder, only how many there are."""
+    """The choices for people: of a folder and of recipes, only how many there are."""
+    if group == "recipe":
+        return f"none, METHOD-MODEL ({len(choices(group))} of them, chosen by optimizer= and model=)"
     nested = Counter(name.partition("/")[0] for name in choices(group, folders=True) if "/" in name)
     folders = [f"{folder}/NAME ({count} of them)" for folder, count in sorted(nested.items())]
     return ", ".join([*choices(group), *folders])
@@ -561,6 +564,19 @@ def _help(function: Callable[[DictConfig], Any], root: str, cfg: DictConfig) -> 
         lines += ["Choices", *(f"  {group + '=':<12} {_listed(group)}" for group in groups), ""]
     lines += [
         "Settings, with the values that this command line gives them (??? must be given)",
-        *(f"  {line}" for line in OmegaConf.to_yaml(cfg).rstrip().splitlines()),
+        *(f"  {line}" for line in described(cfg, comments(_files(root, cfg)))),
     ]
     return "\n".join(lines)
+
+
+def _files(root: str, cfg: DictConfig) -> dict[str, Path]:
+    """The files in which a configuration's settings are explained, by section."""
+    kinds = {path: OmegaConf.select(OmegaConf.load(path), "kind") for path in sorted((CONFIGS / "data").glob("*.yaml"))}
+    found = {
+        "": CONFIGS / f"{root}.yaml",
+        "paths": CONFIGS / "paths" / "default.yaml",
+        "model": CONFIGS / "model" / f"{OmegaConf.select(cfg, 'model.name')}.yaml",
+        "optimizer": CONFIGS / "optimizer" / f"{OmegaConf.select(cfg, 'optimizer.name')}.yaml",
+    }
+    data = next((path for path, kind in kinds.items() if kind == OmegaConf.select(cfg, "data.kind")), None)
+    return {section: path for section, path in {**found, "data": data}.items() if path is not None and path.is_file()}

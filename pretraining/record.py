@@ -283,7 +283,8 @@ def environment(device: torch.device, processes: int, **more: Any) -> dict[str, 
         "uncommitted_changes": None if changes is None else bool(changes),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        # torch's own word: that of its package does not say which build it is (+cpu, +cu130).
+        "versions": {name: _version(name) for name in packages} | {"torch": str(torch.__version__)},
         "hardware": hardware,
         **more,
     }

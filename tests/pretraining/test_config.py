@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from optimizers import METHODS, create
 from pretraining import config
 from pretraining.config import CONFIGS, choices, compose, run_door, validate
 from pretraining.model import build_model
+from pretraining.settings import comments
 
 TABLES = json.loads((CONFIGS.parent / "results" / "paper" / "tables.json").read_text())
 SIZES = {"60M": "llama_60m", "130M": "llama_130m", "350M": "llama_350m", "1.3B": "llama_1b"}
@@ -454,6 +456,31 @@ def test_help_lists_choices_and_settings(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     for word in ("llama_tiny_4k", "alice_0", "quickstart", "trainer:", "micro_batch_size", "--cfg job"):
         assert word in out
+
+
+def test_help_shows_values_with_what_the_files_say_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door(["--help", "optimizer=racs", "data=text", "data.path=x", "trainer.keep_last=7"]) == []
+    shown = {line.split("  # ")[0].strip(): line.partition("  # ")[2] for line in capsys.readouterr().out.splitlines()}
+    assert shown["keep_last: 7"] == "checkpoints kept"
+    said = [name.split(":")[0] for name, comment in shown.items() if comment]
+    assert {"eval_every", "log_every", "weight_decay", "scale", "attn_implementation", "shuffle_buffer", "runs"} <= {
+        *said
+    }
+    assert "on_error" in said and "rank" not in shown  # of data/text.yaml; and nothing of another optimizer's
+
+
+def test_every_setting_of_the_trainer_is_explained_in_its_file() -> None:
+    found = comments({"": CONFIGS / "train.yaml"})
+    cfg = compose(["model=llama_60m"])
+    settings = {f"{section}.{name}" for section in ("trainer", "eval", "tracker") for name in cfg[section]}
+    assert settings <= found.keys()
+    assert found["trainer.keep_last"] == "checkpoints kept"
+
+
+def test_help_prints_a_configuration_that_composes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door(["--help", "optimizer=alice"]) == []
+    _, _, settings = capsys.readouterr().out.partition("must be given)\n")
+    assert OmegaConf.create(textwrap.dedent(settings)) == compose(["optimizer=alice"])
 
 
 def test_a_door_in_a_shell(tmp_path: Path) -> None:

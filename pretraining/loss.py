@@ -209,7 +209,10 @@ def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Not run on CUDA here. The library reads its count of targets, so that the host waits once in each forward pass."""
+    """Run by Triton's interpreter only, not on CUDA (tests/pretraining/test_liger.py).
+
+    The library reads its count of targets, so that the host waits once in each forward pass.
+    """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found, unused-ignore]
 
     if not len(targets):

@@ -56,7 +56,8 @@ def model(dtype=torch.float32, **changes):
 
 def loss_and_gradients(net, kind, inputs, labels, autocast=False, scale=1 / 37):
     net.zero_grad()
-    with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+    device = net.lm_head.weight.device.type
+    with torch.autocast(device, dtype=torch.bfloat16) if autocast else nullcontext():
         loss = PretrainingLoss(net, kind)(inputs, *real_targets(labels))
     (loss * scale).backward()
     return [loss.detach()] + [p.grad.clone() for p in net.parameters()]
@@ -209,7 +210,8 @@ def test_evaluation_gives_the_rows_sums_of_all_logits_for_every_chunk(monkeypatc
             assert evaluate(net, (ids, labels), size).loss == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_the_kernels_library_is_named_where_it_cannot_run():
+def test_the_kernels_library_is_named_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr("pretraining.loss.importlib.util.find_spec", lambda name: None)  # as if it were not installed
     with pytest.raises(UserError, match="needs a CUDA GPU, and this run is on cpu: use trainer"):
         make_plan(compose(["experiment=quickstart", "optimizer=adam", "trainer.loss=liger", "trainer.device=cpu"]))
     with pytest.raises(UserError, match="needs the package liger-kernel"):

@@ -28,18 +28,28 @@ def _values(signed: bool) -> Tensor:
     return torch.cat([*parts, -positive] if signed else parts).sort().values
 
 
+@cache
+def _values_on(device: torch.device, signed: bool) -> Tensor:
+    """The same in float32 on a device; kept, since a GPU would be sent them for every state in every step."""
+    return _values(signed).to(device, torch.float32)
+
+
+@cache
+def _code_of_0(signed: bool) -> int:
+    return _values(signed).tolist().index(0.0)
+
+
 def new_codes(shape: torch.Size | tuple[int, ...], signed: bool) -> tuple[Tensor, Tensor]:
     """Codes and block maxima of a state that is 0, on the default device."""
-    zero = int((_values(signed) == 0).nonzero())
     blocks = math.ceil(math.prod(shape) / BLOCK)
-    return torch.full(shape, zero, dtype=torch.uint8), torch.zeros(blocks, dtype=torch.float32)
+    return torch.full(shape, _code_of_0(signed), dtype=torch.uint8), torch.zeros(blocks, dtype=torch.float32)
 
 
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (uint8, the shape of ``x``) and the maximum of each block (float32, [number of blocks])."""
     flat = torch.nn.functional.pad(x.float().flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     absmax = flat.abs().amax(dim=1)
-    values = _values(signed).to(flat)
+    values = _values_on(flat.device, signed)
     middles = (values[1:] + values[:-1]) / 2
     tiny = torch.finfo(torch.float32).tiny
     codes = torch.bucketize((flat / absmax.clamp_min(tiny).unsqueeze(1)).contiguous(), middles)
@@ -48,5 +58,5 @@ def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """The float32 state that the codes stand for."""
-    values = _values(signed).to(codes.device, torch.float32)[codes.int()]
+    values = _values_on(codes.device, signed)[codes.int()]
     return values * absmax.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)

@@ -32,16 +32,21 @@ NO_FLOAT64 = {"adam_8bit"}  # keeps no codes of float64 weights
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model with the same weights for every device and dtype, and the method as it is configured, for small matrices."""
+    """A model with the same weights for every device and dtype, and the method."""
     torch.manual_seed(0)
     model = build_model(LLAMA).to(device)
     for p in model.parameters():
         p.data = p.data.to(dtype)
+    return model, configured(name, model)
+
+
+def configured(name: str, model: torch.nn.Module, **more: Any) -> torch.optim.Optimizer:
+    """The method with the values of its file, for small matrices, and ``more`` of its options."""
     values: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "optimizer" / f"{name}.yaml").read_text())
     values |= {key: min(most, values[key]) for key, most in SMALL.items() if values.get(key) is not None}
     values |= {key: 0 for key, value in values.items() if value == "${seed}"}
     del values["name"]
-    return model, create(name, model, verbose=False, **values)
+    return create(name, model, verbose=False, **values | more)
 
 
 def train(name: str, device: str, dtype: torch.dtype) -> Tensor:
@@ -54,11 +59,16 @@ def train(name: str, device: str, dtype: torch.dtype) -> Tensor:
             # Entries that bfloat16 holds: every dtype sees the same gradient. Columns differ, so that bases are determined.
             spread = torch.linspace(0.5, 2.0, p.shape[-1])
             p.grad = (torch.randn(p.shape, generator=draw) * spread).bfloat16().to(device, dtype)
-        if getattr(optimizer, "wanted_estimate", lambda: None)():
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer.update_estimate({p: torch.full_like(p, 100.0) for p in params})
-        optimizer.step()
+        step(optimizer)
     return flat(model) - before
+
+
+def step(optimizer: Any) -> None:
+    """With an estimate of the curvature for Sophia."""
+    if getattr(optimizer, "wanted_estimate", lambda: None)():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.update_estimate({p: torch.full_like(p, 100.0) for p in params})
+    optimizer.step()
 
 
 def flat(model: torch.nn.Module) -> Tensor:

@@ -14,6 +14,9 @@ import torch
 
 from optimizers import METHODS
 
+if torch.version.cuda is None:
+    pytest.skip("this build of torch has no CUDA", allow_module_level=True)
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [
     *((name, {}) for name in METHODS if name not in ("any", "adam_8bit")),  # bitsandbytes has kernels of its own
@@ -79,8 +82,6 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found():
     """What became of each case in float32 (with autocast) and in bfloat16: the devices that it used, or an error."""
-    if torch.version.cuda is None:
-        pytest.skip("this build of torch has no CUDA")
     done = subprocess.run(  # on its own: what is cached there is fake
         [sys.executable, "-c", PROGRAM, json.dumps(CASES)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

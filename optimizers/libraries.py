@@ -84,15 +84,20 @@ def on_matrices(groups: list[dict[str, Any]], target: str, lr: float | Tensor, *
         raise ValueError(f"{target} does not start: {error}; its options are lr, {accepted}") from error
     if isinstance(matrix, MatrixOptimizer) and any("estimator" in group for group in matrix.param_groups):
         raise ValueError("Sophia gets its estimates under its own names; use optimizer=sophia_h or sophia_g")
-    if torch.__version__ < "2.13" and any(is_sharded(p) for _, p in groups[0]["params"]):
-        # There DTensor has no _foreach_lerp and no _foreach_sign, which Lion and Signum call.
-        for group in matrix.param_groups:
-            if group.get("foreach", False) is None:
-                group["foreach"] = False
     matrix.param_groups[0].setdefault("param_names", [name for name, _ in groups[0]["params"]])
-    if len(groups) == 1:
-        return Combined(matrix)
-    return Combined(matrix, adam([{**groups[1], "lr": lr if groups[1]["lr"] is None else groups[1]["lr"]}]))
+    rest = [{**group, "lr": lr if group["lr"] is None else group["lr"]} for group in groups[1:]]
+    optimizer = Combined(matrix, adam(rest) if rest else None)
+    if torch.__version__ < "2.13" and any(is_sharded(p) for _, p in groups[0]["params"]):
+        _one_by_one(optimizer)
+        optimizer.register_load_state_dict_post_hook(_one_by_one)
+    return optimizer
+
+
+def _one_by_one(optimizer: torch.optim.Optimizer) -> None:
+    """DTensor has no _foreach_lerp and no _foreach_sign before torch 2.13; Lion and Signum would call them."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and not group.get("adam"):
+            group["foreach"] = False
 
 
 def adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

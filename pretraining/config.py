@@ -100,11 +100,16 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(_no_choice(key, value))
 
 
-def _compose(overrides: list[str], root: str) -> DictConfig:
+def _with_hydra(overrides: list[str], root: str) -> DictConfig:
+    """The configuration as Hydra composes it, its own section included."""
     import hydra
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = hydra.compose(root, overrides, return_hydra_config=True)
+        return hydra.compose(root, overrides, return_hydra_config=True)
+
+
+def _compose(overrides: list[str], root: str) -> DictConfig:
+    cfg = _with_hydra(overrides, root)
     chosen = cfg.hydra.runtime.choices.get("recipe")
     cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     for section in SECTIONS[root]:
@@ -528,12 +533,13 @@ def _from_shell(function: Callable[[DictConfig], Any], root: str, argv: list[str
     asked = parser.parse_intermixed_args(argv)
     if asked.multirun:
         raise UserError(_NO_SWEEP)
-    cfg = compose([quoted(override) for override in asked.overrides], root)
+    overrides = [quoted(override) for override in asked.overrides]
+    cfg = compose(overrides, root)
     if asked.help or asked.cfg:
-        if speak:
-            print(
-                _help(function, root, cfg) if asked.help else OmegaConf.to_yaml(cfg, resolve=asked.resolve).rstrip("\n")
-            )
+        if speak and asked.help:
+            print(_help(function, root, cfg, overrides))
+        elif speak:
+            print(OmegaConf.to_yaml(cfg, resolve=asked.resolve).rstrip("\n"))
         return None
     validate(cfg)
     return cfg
@@ -554,7 +560,7 @@ def quoted(override: str) -> str:
     return f"{key}='{value}'"
 
 
-def _help(function: Callable[[DictConfig], Any], root: str, cfg: DictConfig) -> str:
+def _help(function: Callable[[DictConfig], Any], root: str, cfg: DictConfig, overrides: list[str]) -> str:
     about = (function.__doc__ or "").strip().splitlines()
     lines = [f"python {root}.py [key=value ...] [--cfg job [--resolve]] [--help]", ""]
     if about:
@@ -564,19 +570,13 @@ def _help(function: Callable[[DictConfig], Any], root: str, cfg: DictConfig) -> 
         lines += ["Choices", *(f"  {group + '=':<12} {_listed(group)}" for group in groups), ""]
     lines += [
         "Settings, with the values that this command line gives them (??? must be given)",
-        *(f"  {line}" for line in described(cfg, comments(_files(root, cfg)))),
+        *(f"  {line}" for line in described(cfg, comments(_files(root, overrides)))),
     ]
     return "\n".join(lines)
 
 
-def _files(root: str, cfg: DictConfig) -> dict[str, Path]:
-    """The files in which a configuration's settings are explained, by section."""
-    kinds = {path: OmegaConf.select(OmegaConf.load(path), "kind") for path in sorted((CONFIGS / "data").glob("*.yaml"))}
-    found = {
-        "": CONFIGS / f"{root}.yaml",
-        "paths": CONFIGS / "paths" / "default.yaml",
-        "model": CONFIGS / "model" / f"{OmegaConf.select(cfg, 'model.name')}.yaml",
-        "optimizer": CONFIGS / "optimizer" / f"{OmegaConf.select(cfg, 'optimizer.name')}.yaml",
-    }
-    data = next((path for path, kind in kinds.items() if kind == OmegaConf.select(cfg, "data.kind")), None)
-    return {section: path for section, path in {**found, "data": data}.items() if path is not None and path.is_file()}
+def _files(root: str, overrides: list[str]) -> dict[str, Path]:
+    """The files in which the settings are explained, by the section that they fill; "" is the root."""
+    chosen = _with_hydra(overrides, root).hydra.runtime.choices
+    files = {group: CONFIGS / group / f"{chosen.get(group)}.yaml" for group in ("paths", "model", "optimizer", "data")}
+    return {"": CONFIGS / f"{root}.yaml"} | {group: file for group, file in files.items() if chosen.get(group)}

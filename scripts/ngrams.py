@@ -1,4 +1,4 @@
-"""What unigram and bigram models reach on a task: the floor under the perplexities of its runs.
+"""What unigram and bigram models reach on a task: what its runs have to beat.
 
     python scripts/ngrams.py experiment=fair data.path=DIR --tokens 1228800 --json FILE
 
@@ -46,9 +46,10 @@ def measure(settings: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    from pretraining.config import compose, quoted
+    from pretraining.config import compose, quoted, validate
 
     cfg = compose([quoted(setting) for setting in settings])
+    validate(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer)
     length, rows = cfg.data.length, cfg.data.rows
     source, held_out = (open_source(cfg.data, split=split) for split in ("train", "validation"))
@@ -59,6 +60,9 @@ def measure(settings: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
     for limit in [*tokens, None]:
         sequences = first(training_sequences(source, tokenizer, length, rows), limit)
         found = ngram_perplexities(sequences, ids, labels, vocab_size=cfg.model.vocab_size)
+        counted = found["train_targets"] + found["train_sequences"]
+        if limit is not None and counted < limit:
+            raise UserError(f"The training text has {counted:,} tokens, not {limit:,}: give --tokens at most that.")
         cases.append(
             {
                 "tokens": limit,
@@ -90,8 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(tokens < 1 for tokens in asked.tokens):
         print("error: --tokens has to be positive: give the number of tokens to count.", file=sys.stderr)
         return 2
+    if asked.json and asked.json.is_dir():
+        print(f"error: --json {asked.json} is a folder: name a file.", file=sys.stderr)
+        return 2
     try:
         record = measure(asked.settings, asked.tokens)
+    except ValueError as error:  # tokens that the vocabulary lacks, no text
+        print(f"error: {error}: choose a tokenizer and a model that fit the text.", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -101,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.json:
         from pretraining.record import write_json
 
-        shown = ["data.path=DIR" if word.startswith("data.path=") else word for word in asked.settings]
+        shown = [f"{word.partition('=')[0]}=DIR" if "/" in word else word for word in asked.settings]
         limits = ["--tokens", *map(str, asked.tokens)] if asked.tokens else []
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(asked.json, record | {"command": shlex.join(["python", "scripts/ngrams.py", *shown, *limits])})

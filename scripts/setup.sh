@@ -62,10 +62,13 @@ if [ -n "$usable" ] && [ ${#outdated[@]} -eq 0 ]; then exit 0; fi
 echo "installing ${outdated[*]:-$*} into $venv: once, 2 to 10 minutes, about 3 GB to download where PyPI's torch comes" \
     "with CUDA (Linux), 0.6 GB elsewhere; log in $log"
 
+exec 3>&2   # where a command's own messages go to the log
 broken() {
     local status=$?
     trap - ERR
-    { echo "The end of $log:"; tail -n 15 "$log" 2>/dev/null | sed 's/^/    /'; } >&2
+    [ "$BASH_SUBSHELL" -eq 0 ] || exit "$status"   # its parent says so
+    exec 2>&3
+    { echo "The end of $log:"; { tail -n 15 "$log" 2>/dev/null || true; } | sed 's/^/    /'; } >&2
     fail "the installation stopped (status $status): the lines above say why. It needs a network and about 8 GB of disk;" \
         "run the same command again to go on, or add SYSTEM=1 on a machine that has the packages already."
 }

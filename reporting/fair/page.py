@@ -118,8 +118,9 @@ def _with_ngrams(table: Callable[[Fair, str, Path], str], sweep: str) -> Callabl
     """The table, and below it what n-gram models reach that were counted on as much text as its runs read."""
 
     def both(fair: Fair, model: str, out: Path) -> str:
-        read = {run.summary["tokens"] for run in fair.runs(sweep, model) if run.summary}
-        by_tokens = {each.tokens: each for each in fair.ngrams.get(model, ())}
+        ended = [run.summary for run in fair.runs(sweep, model) if run.summary]
+        read, targets = ({summary.get(key) for summary in ended} for key in ("tokens", "validation_tokens"))
+        by_tokens = {each.tokens: each for each in fair.ngrams.get(model, ()) if {each.targets} == targets}
         equal, whole = by_tokens.get(next(iter(read))) if len(read) == 1 else None, by_tokens.get(None)
         if equal is None or whole is None:
             return table(fair, model, out)

@@ -109,10 +109,12 @@ class Ngrams:
 
     Attributes:
         tokens: of training text that they were counted on, the first ones; None: all.
+        targets: validation tokens that they predicted.
         path: the record.
     """
 
     tokens: int | None
+    targets: int
     unigram: float
     bigram: float
     path: Path
@@ -185,8 +187,12 @@ def load_fair(root: Path, plans: Plans) -> Fair:
 def _ngrams(file: Path) -> list[Ngrams]:
     """A record of scripts/ngrams.py."""
     try:
-        cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
-        return [Ngrams(case["tokens"], float(case["unigram"]), float(case["bigram"]), file) for case in cases]
+        record = json.loads(file.read_text(encoding="utf-8"))
+        targets = int(record["validation_tokens"])
+        return [
+            Ngrams(case["tokens"], targets, float(case["unigram"]), float(case["bigram"]), file)
+            for case in record["cases"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no record of scripts/ngrams.py: restore it.") from error
 

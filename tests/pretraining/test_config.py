@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -467,6 +468,19 @@ def test_help_shows_values_with_what_the_files_say_of_them(capsys: pytest.Captur
         *said
     }
     assert "on_error" in said and "rank" not in shown  # of data/text.yaml; and nothing of another optimizer's
+
+
+def test_help_explains_data_by_its_own_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in choices("data"):
+        assert door(["--help", f"data={name}", "data.path=x"] if name != "c4" else ["--help"]) == []
+        section = capsys.readouterr().out.partition("\n  data:\n")[2]
+        for key, comment in comments({"": CONFIGS / "data" / f"{name}.yaml"}).items():
+            assert re.search(rf"^    {key}: .*  # {re.escape(comment)}$", section, re.M), (name, key)
+
+
+def test_help_of_what_cannot_be_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door(["--help", "data.kind=${nothing}"]) == []
+    assert "kind: ${nothing}" in capsys.readouterr().out
 
 
 def test_every_setting_of_the_trainer_is_explained_in_its_file() -> None:

@@ -211,10 +211,10 @@ def test_evaluation_gives_the_rows_sums_of_all_logits_for_every_chunk(monkeypatc
 
 
 def test_the_kernels_library_is_named_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr("pretraining.loss.importlib.util.find_spec", lambda name: None)  # as if it were not installed
     with pytest.raises(UserError, match="needs a CUDA GPU, and this run is on cpu: use trainer"):
         make_plan(compose(["experiment=quickstart", "optimizer=adam", "trainer.loss=liger", "trainer.device=cpu"]))
-    with pytest.raises(UserError, match="needs the package liger-kernel"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="needs the package liger-kernel"):
+        patch.setattr("pretraining.loss.importlib.util.find_spec", lambda name: None)  # as if it were not installed
         check_loss("liger", torch.device("cuda"))
     with pytest.raises(UserError, match="must be one of full, chunked, liger"):
         validate(compose(["experiment=quickstart", "optimizer=adam", "trainer.loss=fast"]))

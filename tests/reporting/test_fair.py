@@ -191,14 +191,18 @@ def test_the_table_of_stage_2_shows_spread_and_c4(fair, whole):
 def test_bigrams_counted_on_as_much_text_as_a_run_reads_stand_below_the_table(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs/fair_ngrams").mkdir()
-    read = load(tmp_path).runs("fair_rates", TINY)[0].summary["tokens"]
+    summary = load(tmp_path).runs("fair_rates", TINY)[0].summary
+    read, targets = summary["tokens"], summary["validation_tokens"]
     cases = [{"tokens": n, "unigram": 300.0, "bigram": b} for n, b in ((read - 1, 70.0), (read, 65.5), (None, 59.5))]
-    (tmp_path / f"runs/fair_ngrams/{TINY}.json").write_text(json.dumps({"cases": cases}))
+    record = tmp_path / f"runs/fair_ngrams/{TINY}.json"
+    record.write_text(json.dumps({"cases": cases, "validation_tokens": targets + 1}))
+    assert "For comparison" not in write(page(load(tmp_path), tmp_path / "fair", []))  # of other rows
+    record.write_text(json.dumps({"cases": cases, "validation_tokens": targets}))
     text = write(page(load(tmp_path), tmp_path / "fair", []))
     line = next(line for line in text.splitlines() if line.startswith("For comparison"))
     assert "a run reads has 65.50" in line and "all training text 59.50" in line and "unigram 300.0" in line
     assert f"](../runs/fair_ngrams/{TINY}.json)" in line
-    (tmp_path / f"runs/fair_ngrams/{TINY}.json").write_text("{}")
+    record.write_text("{}")
     with pytest.raises(ValueError, match=r"no record of scripts/ngrams\.py: restore it\."):
         load(tmp_path)
 

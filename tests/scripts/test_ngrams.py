@@ -26,8 +26,14 @@ def test_sequences_end_with_the_one_that_reaches_the_limit():
     assert list(ngrams.first(rows, None)) == rows
 
 
-def test_mistakes_are_one_sentence(capsys):
+def test_mistakes_are_one_sentence(capsys, tmp_path):
     assert ngrams.main([*TASK, "--tokens", "0"]) == 2
     assert capsys.readouterr().err == "error: --tokens has to be positive: give the number of tokens to count.\n"
     assert ngrams.main(["experiment=fair", "data.path=/nowhere"]) == 2
     assert "/nowhere does not exist" in capsys.readouterr().err
+    assert ngrams.main([*TASK, "--tokens", "99999999"]) == 2
+    assert "tokens, not 99,999,999: give --tokens at most that." in capsys.readouterr().err
+    assert ngrams.main([*TASK, "model.vocab_size=10"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert ngrams.main([*TASK, "--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --json {tmp_path} is a folder: name a file.\n"

@@ -1,5 +1,6 @@
 """scripts/setup.sh, which every target of the Makefile begins with: what it says when it cannot go on."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ def setup(root, **environment):
     return subprocess.run(command, env=kept, capture_output=True, text=True)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ensurepip") is None, reason="this Python cannot make an environment")
 def test_an_installation_that_fails_shows_the_end_of_its_log_and_what_to_do(root):
     done = setup(root, PIP_ARGS="--no-index")
     assert done.returncode == 2
@@ -33,6 +35,14 @@ def test_an_installation_that_fails_shows_the_end_of_its_log_and_what_to_do(root
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: the installation stopped (status 1)") and "run the same command again" in last
     assert not list((root / ".venv").glob(".setup-*"))  # the next call tries again
+
+
+def test_an_environment_that_cannot_be_made_is_an_error_too(root):
+    (root / ".venv").write_text("a file")
+    done = setup(root)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: the installation stopped")
+    assert setup(root, TMPDIR="/nowhere").stderr.count("error: ") == 1
 
 
 def test_system_packages_that_are_missing_are_named(root):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-_LINE = re.compile(r"( *)(\w+):(.*)")
+_LINE = re.compile(r"( *)(\w+):")
 _COLUMN = 40  # where comments begin, if the line leaves room
 
 

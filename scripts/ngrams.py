@@ -74,7 +74,7 @@ def measure(settings: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
         )
     return {
         "model": OmegaConf.select(cfg, "model.name"),
-        "tokenizer": str(cfg.tokenizer) if "/" not in str(cfg.tokenizer) else Path(str(cfg.tokenizer)).name,
+        "tokenizer": Path(str(cfg.tokenizer)).name,  # without folders of this machine
         "validation_tokens": found["targets"],
         "text": {
             "train": {key: value for key, value in source.description.items() if key != "path"},

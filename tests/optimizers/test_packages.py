@@ -86,22 +86,17 @@ def distance(*args, **kwargs):
     return max(distances(*args, **kwargs))
 
 
-class DoubleForFloat:
-    """``torch``, but for what it calls float32."""
+class Torch:
+    """``torch``, but for the dtypes of some names."""
 
-    float = float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-class DoubleForBfloat16:
-    """``torch``, but for what it calls bfloat16."""
-
-    bfloat16 = torch.float64
+    def __init__(self, **dtypes):
+        self.__dict__.update(dtypes)
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+DOUBLE_FOR_FLOAT = Torch(float=torch.float64, float32=torch.float64)
 
 
 # GaLore, Fira, Apollo ---------------------------------------------------------------------------------------------------
@@ -128,7 +123,7 @@ def follow_signs(monkeypatch):
 
         monkeypatch.setattr(cls, "get_orthogonal_matrix", aligned)
         if tolerance < 1e-6:
-            monkeypatch.setattr(module, "torch", DoubleForFloat())
+            monkeypatch.setattr(module, "torch", DOUBLE_FOR_FLOAT)
 
     return patch
 
@@ -371,7 +366,7 @@ def test_muon(name, shape, monkeypatch):
     """With torch's cast to bfloat16 taken out of its iteration, everything agrees to rounding."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     # The same in torch 2.15, which writes G.to(dtype=torch.bfloat16, copy=True).
-    monkeypatch.setattr(importlib.import_module("torch.optim._muon"), "torch", DoubleForBfloat16())
+    monkeypatch.setattr(importlib.import_module("torch.optim._muon"), "torch", Torch(bfloat16=torch.float64))
     assert muon_distance(shape, MUON[name], torch.float64, "float32") < TOLERANCE
 
 
@@ -386,7 +381,7 @@ def test_muon_in_bfloat16(shape):
 def test_soap(shape, shampoo_beta, monkeypatch):
     """``form="published"``. Only its first basis of a Gram matrix that has no full rank is free: there we give ours."""
     module = pytest.importorskip("pytorch_optimizer.optimizer.soap")
-    monkeypatch.setattr(module, "torch", DoubleForFloat())
+    monkeypatch.setattr(module, "torch", DOUBLE_FOR_FLOAT)
     made = {}
     original = module.SOAP.get_orthogonal_matrix
 

@@ -84,7 +84,8 @@ class Sweep:
         self.crashes: Counter[str] = Counter()
         self.running: dict[str, Running] = {}
         self.others: dict[str, float] = {}  # jobs that another process is at, and when to look again
-        self.timed: list[float] = []
+        self.spent: dict[str, float] = {}  # seconds of the jobs trained here, all their processes together
+        self.timed: list[float] = []  # those of the jobs that have ended
         self.began = time.monotonic()
 
     def arguments(self, job: Job) -> list[str]:
@@ -269,6 +270,9 @@ class Sweep:
         text = log.read_text(encoding="utf-8", errors="replace")
         code = exit_code(entry.process.returncode, text)
         evaluated = folder / "evaluation.json"
+        seconds = time.monotonic() - entry.began
+        if not evaluated.is_file() or job.name in self.spent:  # one that was only evaluated here does not tell
+            self.spent[job.name] = self.spent.get(job.name, 0.0) + seconds
         if code == DIVERGED and (folder / "config.yaml").is_file():
             (folder / "diverged.json").write_text(json.dumps(divergence(text, folder), indent=2) + "\n")
         elif code != 0 or not (folder / "summary.json").is_file():
@@ -278,7 +282,8 @@ class Sweep:
         if not self._ended(job):
             return "trained; its other evaluations follow"  # the job is missing still, and comes next
         self._tidy(job)
-        self.timed.append(time.monotonic() - entry.began)
+        if job.name in self.spent:
+            self.timed.append(self.spent[job.name])
         self._take(job)
         run = load_run(folder)
         outcome = (
@@ -286,7 +291,7 @@ class Sweep:
             if not run.diverged
             else f"diverged at step {run.diverged['step']}"
         )
-        return f"{outcome} in {units.duration(self.timed[-1])}"
+        return f"{outcome} in {units.duration(self.spent.get(job.name, seconds))}"
 
     def _tidy(self, job: Job) -> None:
         """Leave only the record of a run that has ended: it is committed."""

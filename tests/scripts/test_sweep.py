@@ -13,6 +13,7 @@ import yaml
 
 from reporting import find_runs, load_run
 from scripts import sweep as command
+from sweeps import Sweep, load_plan
 from sweeps.local import MALLOC
 from sweeps.progress import table as command_table
 from sweeps.slots import cores
@@ -254,6 +255,21 @@ def test_every_run_is_evaluated_on_other_text_as_well_before_its_model_goes(swee
     found = json.loads((sweep.out / "alice-lr0.02-adam0.005-s42" / "evaluations.json").read_text())
     assert found == {"c4": {"perplexity": 99.5, "on": "c4_local"}, "own": {"perplexity": 99.5, "on": "sample"}}
     assert sweep("--only", "alice", evaluate={"c4": ["data=c4_local"]})[2] == []
+
+
+def test_the_time_of_a_run_is_that_of_its_training_and_its_evaluations(sweep):
+    (sweep.folder / "slow.py").write_text("import time\ntime.sleep(0.5)\n" + STAND_IN)
+    plan = PLAN | {"lr": {"alice": [0.02]}, "evaluate": {"c4": ["data=c4_local"], "own": ["data=sample"]}}
+    (sweep.folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    slow = [sys.executable, str(sweep.folder / "slow.py")]
+    jobs = Sweep(load_plan(sweep.folder / "plan.yaml"), sweep.out, trainer=slow, evaluator=slow)
+    jobs.run()
+    [seconds] = jobs.timed
+    assert seconds > 3 * 0.5  # each of its three processes slept so long
+    (sweep.out / "alice-lr0.02-adam0.005-s42" / "evaluations.json").unlink()
+    jobs = Sweep(jobs.plan, sweep.out, trainer=slow, evaluator=slow)
+    jobs.run()
+    assert jobs.results and not jobs.timed  # only evaluated now, which says nothing about the others
 
 
 def test_variants_with_the_best_rates_of_another_sweep(sweep, tmp_path, monkeypatch):

@@ -26,8 +26,7 @@ def answer(fair: Fair) -> list[str]:
         )
     ready = {model: rows for model, rows in tables.items() if _settled(rows)}
     if not ready:
-        found.append("Stage 2 tells nothing yet: nothing is claimed about which method is better.")
-        found += _first_look(fair)
+        found += [_so_far(tables), *_first_look(fair)]
     else:
         found += [*_leaders(ready), *_claims(ready, fair.models)]
     return [*found, *_gains(fair), *_batches(fair)]
@@ -36,6 +35,22 @@ def answer(fair: Fair) -> list[str]:
 def _settled(rows: Iterable[Row]) -> list[Row]:
     """Methods that can be held against Adam by the rule: all seeds of both have ended."""
     return [row for row in rows if row.pair is not None and row.settled]
+
+
+def _so_far(tables: dict[str, list[Row]]) -> str:
+    """Stage 2 before any method can be held against Adam: means of the seeds that there are, and that they claim nothing."""
+    parts = []
+    for model, rows in tables.items():
+        ended = [row for row in rows if row.runs and not row.diverged]
+        if any(row.name == REFERENCE for row in ended) and len(ended) > 1:
+            counts = sorted({len(row.runs) for row in ended})
+            seeds = f"{' to '.join(map(str, counts[:: len(counts) - 1] if len(counts) > 1 else counts))} of {ended[0].asked}"
+            shown = [f"{name_of(row.name)} {units.perplexity(row.perplexity or 0)}" for row in ended]
+            parts.append(f"on `{model}` ({seeds} seeds) {_and(shown)}")
+    claims = "nothing is claimed about which method is better"
+    if not parts:
+        return f"Stage 2 tells nothing yet: {claims}."
+    return f"Stage 2 so far, mean perplexities {'; '.join(parts)}. Seeds are missing, so {claims}."
 
 
 def _first_look(fair: Fair) -> list[str]:

@@ -21,12 +21,13 @@ from pathlib import Path
 
 from .. import units
 from ..curves import first_evaluation, shared_curve
-from ..records import Run, load_run, lookup
+from ..records import Run, find_runs, load_run, lookup
 from ..sides import is_number, settings
 from ..statistics import Pair, Welch, against_reference, deviation, final_losses, mean, welch
 
 REFERENCE = "adam"  # of the tables of methods
 PLAIN = "alice"  # of the ablations
+ELSEWHERE = "compare"  # records of the same methods on the embedded text (make compare)
 FLAT = 1.05  # a matrix rate is near the best if its perplexity is at most 5 % higher
 EQUAL_SHARE = (
     1.2  # runs shared the machine equally if no method's slowest seed took longer than so many times its fastest
@@ -126,14 +127,20 @@ class Fair:
     Args:
         runs: by their folder below the records, as `Asked` has it; those that have not ended are left out.
         ngrams: n-gram models by the proxy whose tokenizer and rows they have.
+        elsewhere: runs of another task, to set beside these; not part of the comparison.
     """
 
     def __init__(
-        self, plans: Plans, runs: Mapping[str, Run], ngrams: Mapping[str, Sequence[Ngrams]] | None = None
+        self,
+        plans: Plans,
+        runs: Mapping[str, Run],
+        ngrams: Mapping[str, Sequence[Ngrams]] | None = None,
+        elsewhere: Sequence[Run] = (),
     ) -> None:
         self.plans = plans
         self.ended = {folder: run for folder, run in runs.items() if not math.isnan(run.perplexity)}
         self.ngrams = dict(ngrams or {})
+        self.elsewhere = [run for run in elsewhere if not math.isnan(run.perplexity)]
 
     @cached_property
     def models(self) -> list[str]:
@@ -181,7 +188,8 @@ def load_fair(root: Path, plans: Plans) -> Fair:
     """
     folders = [asked.folder for asked in plans.asked if (root / asked.folder / "config.yaml").is_file()]
     ngrams = {file.stem: _ngrams(file) for file in sorted((root / "fair_ngrams").glob("*.json"))}
-    return Fair(plans, {folder: load_run(root / folder) for folder in folders}, ngrams)
+    other = find_runs(root / ELSEWHERE) if (root / ELSEWHERE).is_dir() else []
+    return Fair(plans, {folder: load_run(root / folder) for folder in folders}, ngrams, other)
 
 
 def _ngrams(file: Path) -> list[Ngrams]:
@@ -217,6 +225,8 @@ class Row:
         first: the first step whose mean perplexity over seeds is at or under the reference's final mean; None if it
             never is, or the reference has not run.
         steps: of a whole run.
+        lower: of how many seeds its loss is lower than the reference's with the same seed, and of how many both have
+            ended: no test, and none is made of it.
     """
 
     name: str
@@ -226,6 +236,7 @@ class Row:
     settled: bool = False
     first: int | None = None
     steps: int | None = None
+    lower: tuple[int, int] = (0, 0)
 
     @property
     def perplexity(self) -> float | None:
@@ -275,8 +286,15 @@ def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, 
         first = None if target is None or math.isinf(target) else _first(runs[name], target)
         settled = there[name] and there.get(reference, False)
         asked = len(fair.asked(sweep, model, name))
-        rows.append(Row(name, runs[name], asked, pairs.get(name), settled, first, total))
+        lower = _lower(runs[name], runs.get(reference, []))
+        rows.append(Row(name, runs[name], asked, pairs.get(name), settled, first, total, lower))
     return sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity) if ordered else rows
+
+
+def _lower(runs: Sequence[Run], others: Sequence[Run]) -> tuple[int, int]:
+    by_seed = {run.seed: run.perplexity for run in others}
+    both = [(run.perplexity, by_seed[run.seed]) for run in runs if run.seed in by_seed]
+    return sum(mine < theirs for mine, theirs in both), len(both)
 
 
 def _first(runs: Sequence[Run], target: float) -> int | None:

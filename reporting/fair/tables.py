@@ -11,6 +11,7 @@ from .. import units
 from ..paper.numbers import load_paper
 from ..records import Run
 from ..statistics import deviation, mean
+from ..summary import ranking
 from ..text import NOT_RUN, markdown
 from .answer import name_of
 from .circumstances import commit_of
@@ -23,6 +24,7 @@ from .records import (
     Row,
     ablations,
     against_plain,
+    lowest,
     methods,
     out_of_domain,
     repeats,
@@ -59,7 +61,8 @@ CHOICES = {
 
 def stage_2(fair: Fair, model: str, out: Path) -> str:
     head = ["method", "matrix rate", "Adam group", "perplexity", "on unseen rows", "C4 perplexity",
-            "difference to Adam [95 %]", "p (Holm)", "verdict", "states", "speed-up in steps", "seeds"]  # fmt: skip
+            "difference to Adam [95 %]", "p (Holm)", "verdict", "lower with the same seed", "states",
+            "speed-up in steps", "seeds"]  # fmt: skip
     rows, missing = [], []
     for row in methods(fair, model):
         if not row.runs:
@@ -76,6 +79,7 @@ def stage_2(fair: Fair, model: str, out: Path) -> str:
                 "–" if row.diverged else values(unseen(row.runs)) or NOT_RUN,
                 "–" if row.diverged else values(out_of_domain(row.runs)) or NOT_RUN,
                 *compared(row),
+                lower(row),
                 units.size(size) if size else "–",
                 "1" if row.name == REFERENCE else _speedup(row),
                 seeds(row, out),
@@ -85,8 +89,8 @@ def stage_2(fair: Fair, model: str, out: Path) -> str:
 
 
 def stage_2_against_plain(fair: Fair, model: str, out: Path) -> str:
-    head = ["method", f"difference to {name_of(PLAIN)} [95 %]", "p (Holm)", "verdict"]
-    rows = [[name_of(row.name), *compared(row)] for row in against_plain(fair, model) if row.runs]
+    head = ["method", f"difference to {name_of(PLAIN)} [95 %]", "p (Holm)", "verdict", "lower with the same seed"]
+    rows = [[name_of(row.name), *compared(row), lower(row)] for row in against_plain(fair, model) if row.runs]
     return markdown(head, rows)
 
 
@@ -237,26 +241,63 @@ def _sign(theirs: float, ours: float | None, reach: tuple[float, float] | None) 
 
 
 def batch(fair: Fair, model: str, out: Path) -> str:
-    best = {}
+    by_size = {}
     for method in CONTROLLED:
         for size in BATCHES:
             runs, asked = batch_runs(fair, model, method, size)
-            found = min(runs, key=lambda run: run.perplexity, default=None)
-            best[method, size] = (found, len(runs), asked)
+            by_size[method, size] = lowest(runs), f", {len(runs)} of {asked} rates" if len(runs) < asked else ""
+        by_size[method, "stage 2"] = _stage_2_of_batch(fair, model, method), ""
     rows = []
     for method in CONTROLLED:
         row = [name_of(method)]
-        for size in BATCHES:
-            run, done, asked = best[method, size]
-            if run is None:
-                row.append(NOT_RUN)
-                continue
+        for size in (*BATCHES, "stage 2"):
+            run, note = by_size[method, size]
+            text = f"{linked(run, out)} ({run.lr:g}{note})" if run else NOT_RUN
             # The loss of the method less Adam's.
-            difference = gain(run, best[REFERENCE, size][0]) if method != REFERENCE else None
-            text = f"{linked(run, out)} ({run.lr:g}{'' if done == asked else f', {done} of {asked} rates'})"
+            difference = gain(run, by_size[REFERENCE, size][0]) if method != REFERENCE else None
             row.append(text + (f"<br>{difference:+.4f}" if difference is not None else ""))
         rows.append(row)
-    return markdown(["method", *(f"{size} tokens a step" for size in BATCHES)], rows)
+    steps = next((f", {run.setting('trainer.steps'):,} steps" for run in fair.runs("fair_best", model)), "")
+    return markdown(["method", *(f"{size} tokens a step" for size in BATCHES), f"stage 2: 2k{steps}"], rows)
+
+
+def _stage_2_of_batch(fair: Fair, model: str, method: str) -> Run | None:
+    """The run of stage 2 with the seed of the batch sizes."""
+    seeds = {each.seed for each in fair.asked("fair_batch", model)}
+    return next((run for run in fair.runs("fair_best", model, method) if run.seed in seeds), None)
+
+
+def elsewhere(fair: Fair, out: Path) -> str:
+    """The methods of another task beside stage 1 on the same model: perplexities, places, steps between refreshes."""
+    there = ranking(fair.elsewhere)
+    model = fair.elsewhere[0].model
+    grids = {name: fair.grid(model, name).best for name in there if model is not None}
+    here = sorted((run for run in grids.values() if run), key=lambda run: run.perplexity)
+    rows = []
+    for place, (name, runs) in enumerate(there.items(), start=1):
+        best = grids[name]
+        rows.append(
+            [
+                name_of(name),
+                f"{values([run.perplexity for run in runs])} ({runs[0].lr:g}, {runs[0].adam_lr:g})",
+                str(place),
+                _interval(runs[0]),
+                f"{linked(best, out)} ({best.lr:g}, {best.adam_lr:g})" if best else NOT_RUN,
+                str(here.index(best) + 1) if best else "–",
+                _interval(best) if best else "–",
+            ]
+        )
+    task = next(iter(there.values()))[0]
+    steps, rows_of = (int(task.setting(f"trainer.{key}", 0)) for key in ("steps", "batch_size"))
+    length = int(task.setting("data.length", 0))
+    head = ["method", f"`{model}`, embedded text, {steps:,} steps of {rows_of * length:,} tokens (rates)", "place",
+            "steps between refreshes", "stage 1 (rates)", "place", "steps between refreshes"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def _interval(run: Run) -> str:
+    steps = run.setting("optimizer.update_interval")
+    return str(steps) if steps else "–"
 
 
 def repeat(fair: Fair, out: Path) -> str:
@@ -331,6 +372,12 @@ def compared(row: Row) -> tuple[str, str, str]:
         return difference, "–", test.why if test.difference is not None else "–"
     verdict = row.pair.verdict or "no difference claimed"
     return difference, p_value(p), verdict if row.settled else "provisional: seeds are missing"
+
+
+def lower(row: Row) -> str:
+    """With how many of the common seeds the loss is lower than the reference's."""
+    below, both = row.lower
+    return f"{below} of {both}" if row.pair is not None and both else "–"
 
 
 def interval(difference: float, reach: tuple[float, float] | None) -> str:

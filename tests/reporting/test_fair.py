@@ -24,6 +24,7 @@ from reporting.fair.tables import (
     CHOICES,
     PARTS,
     batch,
+    elsewhere,
     gains_table,
     longer,
     repeat,
@@ -37,6 +38,7 @@ from reporting.fair.tables import (
 from scripts.fair_report import plans
 from tests.reporting.fair_plans import BEST, MODELS, STEPS, perplexity, write_plans
 from tests.reporting.fair_records import write_fair
+from tests.reporting.synthetic import write_run
 
 TINY, TINY_4K = MODELS
 
@@ -232,7 +234,17 @@ def test_a_method_that_has_not_run_makes_no_other_claim_easier(fair, whole):
 
 def test_without_adam_nothing_is_compared(fair, whole):
     row = cells(stage_2(without(fair, "fair_best/llama_tiny/adam-*"), TINY, whole), "Alice")
-    assert row[6:9] == ["the reference has not run", "–", "–"] and row[10] == "–"
+    assert row[6:10] == ["the reference has not run", "–", "–", "–"] and row[11] == "–"
+
+
+def test_seeds_are_counted_against_the_references_run_with_the_same_seed(fair, whole):
+    assert [by_name(methods(fair, TINY))[name].lower for name in ("alice", "racs")] == [(3, 3), (0, 3)]
+    fair = changed(fair, "fair_best/llama_tiny/alice-s44", perplexity=70.0)  # above Adam's 60
+    fair = without(fair, "fair_best/llama_tiny/adam-s45")
+    assert by_name(methods(fair, TINY))["alice"].lower == (1, 2)
+    assert cells(stage_2(fair, TINY, whole), "Alice")[9] == "1 of 2"
+    assert cells(stage_2(fair, TINY, whole), "Adam")[9] == "–"
+    assert cells(stage_2_against_plain(fair, TINY, whole), "Adam")[4] == "1 of 2"
 
 
 def test_a_diverged_seed_is_neither_averaged_nor_claimed(fair, whole):
@@ -319,11 +331,33 @@ def test_the_better_rate_counts_at_each_batch(fair, whole):
     assert row[1].startswith("50.00 (0.02)") and row[2] == "not run"
     assert row[3] == f"20.00 (0.06)<br>{math.log(20 / 30):+.4f}"  # 64k: three times the rate, against Adam's better
     assert len(batch_runs(fair, TINY, "alice", "64k")[0]) == 2
+    # Beside them the run of stage 2 with the same seed: 43 is the first of three, half a per cent below the middle.
+    assert row[4] == f"{50 * math.exp(-0.005):.2f} (0.02)<br>{math.log(50 / 60):+.4f}"
+    assert f"stage 2: 2k, {STEPS} steps |" in batch(fair, TINY, whole)
+    assert cells(batch(without(fair, "fair_best/llama_tiny/alice-s43"), TINY, whole), "Alice")[4] == "not run"
 
 
 def test_one_of_two_rates_at_a_batch_is_said(fair, whole):
     fair = without(fair, "fair_batch/llama_tiny/alice_64k_lr3-*")
     assert "(0.02, 1 of 2 rates)" in cells(batch(fair, TINY, whole), "Alice")[3]
+
+
+def test_another_task_stands_beside_stage_1_with_the_places_of_each(fair, whole, tmp_path):
+    assert "## Other text, other steps\n\nNot run." in write(page(fair, whole, []))
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for name, value in (("adam", 30.0), ("racs", 31.0), ("alice", 40.0), ("muon", 20.0)):
+        for seed in (42, 43):
+            folder = tmp_path / f"runs/compare/{name}-s{seed}"
+            write_run(folder, name, 0.02, 0.005, seed, perplexity=value + seed - 42.5, steps=12)
+    fair = load(tmp_path)
+    assert "](../runs/compare)" in write(page(fair, tmp_path / "fair", []))
+    table = elsewhere(fair, tmp_path)
+    assert [cells(table, name)[2] for name in ("Muon", "Adam", "RACS", "Alice")] == ["1", "2", "3", "4"]
+    assert [cells(table, name)[5] for name in ("Muon", "Adam", "RACS", "Alice")] == ["–", "2", "3", "1"]
+    assert (
+        cells(table, "Alice")[1] == "40.00 ± 0.71 (0.02, 0.005)" and cells(table, "Alice")[4] == "50.00 (0.02, 0.006)"
+    )
+    assert cells(table, "Muon")[4] == "not run"
 
 
 def test_repetitions_are_paired_by_configuration_and_seed(fair, whole):
@@ -406,6 +440,14 @@ def test_the_answer_of_an_unfinished_comparison_claims_nothing_in_general(fair):
     text = " ".join(answer(without(fair, "fair_best/llama_tiny_4k/*")))
     assert "**Not complete**: " in text and "on both models" not in text
     assert "better than Adam: Alice, worse: RACS on `llama_tiny`. A statement about optimizers in general needs" in text
+
+
+def test_what_stage_2_shows_before_it_claims_anything(fair):
+    text = " ".join(answer(without(fair, "fair_best/llama_tiny/*-s45", "fair_best/llama_tiny_4k/*")))
+    assert "Stage 2 so far, mean perplexities on `llama_tiny` (2 of 3 seeds) Alice 49.88, Adam 59.85" in text
+    assert "Seeds are missing, so nothing is claimed" in text and "better than" not in text
+    some = without(fair, "fair_best/llama_tiny/*-s45", "fair_best/llama_tiny/racs-s44", "fair_best/llama_tiny_4k/*")
+    assert "(1 to 2 of 3 seeds)" in " ".join(answer(some))
 
 
 def test_the_page_without_any_record_claims_nothing(whole, tmp_path):

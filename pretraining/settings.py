@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 _LINE = re.compile(r"( *)(\w+):")
+_LIST = re.compile(r"^( *)(\w+):\n((?:\1- [^:\n]+\n)+)", re.MULTILINE)  # of plain values, as OmegaConf writes it
 _COLUMN = 40  # where comments begin, if the line leaves room
 
 
@@ -36,7 +37,13 @@ def comments(files: Mapping[str, Path]) -> dict[str, str]:
 
 def described(cfg: DictConfig, comments: Mapping[str, str]) -> list[str]:
     """The configuration as lines of YAML, with comments."""
+    text = _LIST.sub(_on_one_line, OmegaConf.to_yaml(cfg))
     return [
         f"{line:<{_COLUMN - 2}}  # {comments[key]}" if key in comments else line
-        for line, key in _keys(OmegaConf.to_yaml(cfg).rstrip().splitlines())
+        for line, key in _keys(text.rstrip().splitlines())
     ]
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    values = [line.strip().removeprefix("- ") for line in found[3].splitlines()]
+    return f"{found[1]}{found[2]}: [{', '.join(values)}]\n"

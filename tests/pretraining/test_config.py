@@ -492,6 +492,19 @@ def test_every_setting_of_the_trainer_is_explained_in_its_file() -> None:
     assert found["trainer.keep_last"] == "checkpoints kept"
 
 
+@pytest.mark.parametrize("name", choices("optimizer"))
+def test_every_setting_of_an_optimizer_is_explained_in_its_file(name: str) -> None:
+    file = CONFIGS / "optimizer" / f"{name}.yaml"
+    assert set(OmegaConf.load(file)) - comments({"": file}).keys() == {"name"}
+
+
+def test_help_shows_a_list_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door(["--help", "optimizer=alice"]) == []
+    out = capsys.readouterr().out
+    assert re.search(r"^    betas: \[0\.9, 0\.9, 0\.999\] +# beta_1 of m and p, beta_2 of v, beta_3 of Q~$", out, re.M)
+    assert re.search(r"^    adam_betas: \[0\.9, 0\.999\] +# Adam's", out, re.M)
+
+
 def test_help_prints_a_configuration_that_composes_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert door(["--help", "optimizer=alice"]) == []
     _, _, settings = capsys.readouterr().out.partition("must be given)\n")

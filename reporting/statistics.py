@@ -21,6 +21,7 @@ from typing import Literal
 from .records import Run
 
 ALPHA = 0.05
+ONE_SIDE = "one of them has no run that has ended"
 # Fixed before the runs of the fair comparison; `against_reference` and `in_general` do what it says.
 RULE = (
     "Method A is better than B on a proxy if the difference of mean final validation losses has Welch's two-sided p < 0.05 "
@@ -90,7 +91,7 @@ def welch(first: Sequence[float], second: Sequence[float], level: float = 1 - AL
         level: of the confidence interval, between 0 and 1.
     """
     if not first or not second:
-        return Welch(None, why="one of them has no run that has ended" if first or second else "no run has ended")
+        return Welch(None, why=ONE_SIDE if first or second else "no run has ended")
     diverged = [sum(not math.isfinite(x) for x in values) for values in (first, second)]
     if any(diverged):
         counts = [f"{bad} of {len(x)}" for bad, x in zip(diverged, (first, second), strict=True) if bad]
@@ -110,6 +111,39 @@ def welch(first: Sequence[float], second: Sequence[float], level: float = 1 - AL
     p = min(1.0, 2 * float(stdtr(freedom, -abs(difference) / error)))
     reach = error * float(stdtrit(freedom, (1 + level) / 2))
     return Welch(difference, p, (difference - reach, difference + reach), freedom)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between runs with the same seed: a description, beside the rule, of which no claim is made.
+
+    Attributes:
+        lower: in how many seeds the loss is lower than the reference's.
+        seeds: those that both have.
+        interval: confidence interval of the mean difference by Student's t; None with one seed, no spread, or divergence.
+    """
+
+    lower: int
+    seeds: int
+    interval: tuple[float, float] | None = None
+
+
+def paired(reference: Mapping[int, float], losses: Mapping[int, float], level: float = 1 - ALPHA) -> Paired:
+    """`losses` less `reference`, each by seed, in the seeds that both have."""
+    common = [seed for seed in losses if seed in reference]
+    lower = sum(losses[seed] < reference[seed] for seed in common)
+    if not all(math.isfinite(each[seed]) for seed in common for each in (reference, losses)):
+        return Paired(lower, len(common))
+    differences = [losses[seed] - reference[seed] for seed in common]
+    around = deviation(differences)
+    if not around:
+        return Paired(lower, len(common))
+
+    from scipy.special import stdtrit
+
+    reach = around / math.sqrt(len(common)) * float(stdtrit(len(common) - 1, (1 + level) / 2))
+    middle = statistics.fmean(differences)
+    return Paired(lower, len(common), (middle - reach, middle + reach))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .. import units
-from ..statistics import in_general
+from ..statistics import Verdict, in_general
 from .gains import batch_runs, gain, gains, grown, settled
-from .records import REFERENCE, Fair, Row, lowest, methods
+from .records import OWED, REFERENCE, Fair, Row, lowest, methods, owed
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
+NO_CLAIM, NOT_TESTED = "no difference claimed", "not tested"
 NEAR = 0.03  # of configs/sweep/fair_rates.yaml and fair_control.yaml: pairs so near the best must have neighbours too
 
 
@@ -18,12 +19,16 @@ def answer(fair: Fair) -> list[str]:
     tables = {model: methods(fair, model) for model in fair.models}
     done, asked = len(fair.runs()), len(fair.asked())
     found = []
-    if done < asked or not grown(fair):
+    promised = owed(fair)
+    if done < asked or promised or not grown(fair):
         more = "" if grown(fair) else ", and more as the grids of rates grow"
         found.append(
             f"**Not complete**: {done} of {asked} runs have ended{more}. Differences count only between methods whose seeds "
             "have all run; rates and gains below are provisional where their grids are."
         )
+    if promised:
+        names = _and([f"`{name}` on `{model}`" for model, name in promised])
+        found.append(f"Owed by the rules: a grid of rates for {names}, which gained more than {OWED:g} nats untuned.")
     ready = {model: rows for model, rows in tables.items() if _settled(rows)}
     if not ready:
         found += [_so_far(tables), *_first_look(fair)]
@@ -63,8 +68,24 @@ def _first_look(fair: Fair) -> list[str]:
             near = [run for run in best if run.perplexity <= (1 + NEAR) * best[0].perplexity]
             shown = [f"{name_of(run.optimizer)} {units.perplexity(run.perplexity)}" for run in near]
             parts.append(f"on `{model}` {_and(shown)}")
-    within = f"the lowest perplexity and all within {100 * NEAR:g} % of it, which the grid's steps cannot tell apart"
-    return [f"Stage 1, one seed, {within}: {'; '.join(parts)}."] if parts else []
+    within = f"the lowest perplexity and all within {100 * NEAR:g} % of it, too near to read anything from"
+    return [f"Stage 1, one seed, {within}: {'; '.join(parts)}.{_bigrams(fair)}"] if parts else []
+
+
+def _bigrams(fair: Fair) -> str:
+    """Where the best runs of stage 1 are no better than a bigram model counted on the same number of tokens."""
+    parts = []
+    for model in fair.models:
+        best = [run for name in fair.plans.published if (run := fair.grid(model, name).best)]
+        read = {(run.summary or {}).get("tokens") for run in best}
+        bigram = next((each.bigram for each in fair.ngrams.get(model, ()) if {each.tokens} == read), None)
+        above = [run for run in best if bigram is not None and run.perplexity >= bigram]
+        if above and bigram is not None:
+            counted = f"a bigram model counted on as many tokens ({units.perplexity(bigram)})"
+            parts.append(
+                f"On `{model}`, {len(above)} of the {len(best)} methods' best runs are no better than {counted}."
+            )
+    return "".join(f" {part}" for part in parts)
 
 
 def _leaders(ready: dict[str, list[Row]]) -> list[str]:
@@ -74,18 +95,20 @@ def _leaders(ready: dict[str, list[Row]]) -> list[str]:
         if not ended:
             continue
         first, reference = ended[0], next(row for row in rows if row.name == REFERENCE)
+        missing = sum(not row.settled for row in rows)
+        among = f", of the {len(rows) - missing} of {len(rows)} methods whose seeds have all ended" if missing else ""
         text = f"{name_of(first.name)} on `{model}` ({units.perplexity(first.perplexity or 0)}"
         if first.name == REFERENCE:
-            parts.append(f"{text})")
+            parts.append(f"{text}{among})")
         else:
             said = "a difference by the rule" if first.claim else "no difference claimed"
-            parts.append(f"{text}; Adam {_reference(reference)}: {said})")
+            parts.append(f"{text}; Adam {_reference(reference)}: {said}{among})")
     if not parts:
         return []
     count = max(len(row.runs) for rows in ready.values() for row in rows)
     return [
         f"With each method at its own best rates, the lowest mean perplexity over {count} seeds has {_and(parts)}; only "
-        "differences from Adam are tested, not those between the others."
+        "differences from Adam, and from Alice, are tested, not those between the others."
     ]
 
 
@@ -94,59 +117,75 @@ def _reference(row: Row) -> str:
 
 
 def _claims(ready: dict[str, list[Row]], models: list[str]) -> list[str]:
-    """What holds on all proxies, and where they disagree."""
-    claims: dict[str, dict[str, str | None]] = {}
+    """What holds on all proxies, where they disagree, and what cannot be said."""
+    claims: dict[str, dict[str, str]] = {}
     for model, rows in ready.items():
         for row in _settled(rows):
-            claims.setdefault(row.name, {})[model] = row.claim
+            tested = row.pair is not None and row.pair.p is not None
+            claims.setdefault(row.name, {})[model] = (row.claim or NO_CLAIM) if tested else NOT_TESTED
     if len(ready) < len(models) or len(models) < 2:
         only = [f"{_list(claims, model)} on `{model}`" for model in ready]
         return [f"By the rule, {'; '.join(only)}. A statement about optimizers in general needs both models."]
     both = {name: by_model for name, by_model in claims.items() if len(by_model) == len(models)}
-    general = {name: in_general(list(by_model.values())) for name, by_model in both.items()}  # type: ignore[arg-type]
+    general = {name: in_general([_verdict(word) for word in by_model.values()]) for name, by_model in both.items()}
     better, worse = ([name_of(n) for n, verdict in general.items() if verdict == word] for word in ("better", "worse"))
-    neither = [name_of(name) for name, by_model in both.items() if not any(by_model.values())]
+    neither, untested = (
+        [name_of(name) for name, by_model in both.items() if set(by_model.values()) == {word}]
+        for word in (NO_CLAIM, NOT_TESTED)
+    )
     found = (
         f"By the rule, better than Adam on both models: {_and(better) or 'none'}; worse on both: {_and(worse) or 'none'}; "
-        f"no difference claimed on either: {_and(neither) or 'none'}."
+        f"no difference claimed on either: {_and(neither) or 'none'}"
+        f"{f'; not tested, because seeds diverged: {_and(untested)}' if untested else ''}."
     )
+    names = {row.name for rows in ready.values() for row in rows if row.name != REFERENCE}
+    waiting = [name_of(name) for name in sorted(names - both.keys())]
+    found += f" Not judged on both yet: {_and(waiting)}." if waiting else ""
     split = {name: by_model for name, by_model in both.items() if len(set(by_model.values())) > 1}
     if not split:
         return [found]
-    no_claim = "no difference claimed"
     details = "; ".join(
-        f"{name_of(name)} ({', '.join(f'`{model}`: {verdict or no_claim}' for model, verdict in by_model.items())})"
+        f"{name_of(name)} ({', '.join(f'`{model}`: {word}' for model, word in by_model.items())})"
         for name, by_model in split.items()
     )
     return [found, f"The models do not say the same about {details}: no statement in general."]
 
 
-def _list(claims: dict[str, dict[str, str | None]], model: str) -> str:
+def _verdict(word: str) -> Verdict | None:
+    return "better" if word == "better" else "worse" if word == "worse" else None
+
+
+def _list(claims: dict[str, dict[str, str]], model: str) -> str:
     names = {word: [name_of(n) for n, by in claims.items() if by.get(model) == word] for word in ("better", "worse")}
     return f"better than Adam: {_and(names['better']) or 'none'}, worse: {_and(names['worse']) or 'none'}"
 
 
 def _gains(fair: Fair) -> list[str]:
-    """The comparison that the paper probably makes and what it is made of, for the paper's methods."""
-    parts, provisional, ends = [], False, False
+    """The comparison that the paper probably makes, and the optimizer's part in it, for the paper's methods."""
+    parts, provisional, ends, steps = [], False, False, set()
     for method in CANDIDATES:
         texts = []
         for model in fair.models:
             each = gains(fair, model, method)
-            if each.as_paper is not None and each.rates is not None and each.optimizer is not None:
-                parted = f"{each.rates:+.2f} from the rates, {each.optimizer:+.2f} from the optimizer"
-                texts.append(f"{each.as_paper:+.2f} on `{model}` ({parted})")
-                provisional = provisional or not settled(fair, model, method)
-                ends = ends or bool(each.ends & {"as_paper", "rates", "optimizer"})
+            if each.as_paper is None or each.optimizer is None or each.optimizer_low is None:
+                continue
+            low, high = sorted((each.optimizer, each.optimizer_low))
+            own = "" if each.at_own_best is None else f"; each at its own best pair {each.at_own_best:+.2f}"
+            texts.append(f"{each.as_paper:+.2f} on `{model}` ({low:+.2f} to {high:+.2f} from the optimizer{own})")
+            provisional = provisional or not settled(fair, model, method)
+            ends = ends or bool(each.ends & {"as_paper", "optimizer", "optimizer_low", "at_own_best"})
+            steps |= {int(run.setting("trainer.steps", 0)) for run in fair.runs("fair_rates", model, method)}
         if texts:
             parts.append(f"{name_of(method)} gains {' and '.join(texts)}")
     if not parts:
         return []
     return [
-        "Compared as the paper probably compares (Adam with all rates at 0.001, the candidate's Adam group at 0.02, if it "
-        "shares the matrices' rate as in the code base that the paper probably grew from; it does not say), in nats of "
-        f"loss: {'; '.join(parts)}. One seed, on which the rates were selected as well, so the best of a grid tends to be "
-        f"lucky{'; some best matrix rates are at an end of those tried' if ends else ''}"
+        "The paper probably compares Adam with all rates at 0.001 with candidates whose Adam group runs at 0.02 (if it shares "
+        "the matrices' rate, as in the code base that the paper probably grew from; it does not say). Compared like that, "
+        f"{_and([f'{each:,}' for each in sorted(steps)])} steps, in nats of loss: {'; '.join(parts)}. The optimizer's part is "
+        "its gain at equal rates of the Adam group, both at 0.02 or both at 0.001, each method at its best matrix rate; the "
+        "rest comes from rates. One seed, on which the rates were selected as well, so the best of a grid tends to be lucky"
+        f"{'; some best matrix rates are at an end of those tried' if ends else ''}"
         f"{'; provisional: runs of these grids are missing' if provisional else ''}."
     ]
 
@@ -169,7 +208,8 @@ def _batches(fair: Fair) -> list[str]:
         return []
     return [
         "From 2k to 64k tokens a step, at equal numbers of steps and so with 32 times the text, the gain over Adam goes, in "
-        f"nats with one seed: {'; '.join(parts)}."
+        f"nats with one seed: {'; '.join(parts)}. Of two matrix rates the better counts, and the Adam group keeps its rate "
+        "of 2k, so part of that may be rates."
     ]
 
 

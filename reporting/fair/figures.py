@@ -63,11 +63,14 @@ def _curves(fair: Fair) -> Figure:
                 continue
             finals = [row.perplexity for row in rows if row.perplexity is not None]
             low, high = min(finals), max(finals)
+            start = math.inf  # the last evaluation before any curve comes into sight
             for row in rows:
                 colour, dash, marker, _ = LOOKS[row.name]
                 steps, values = shared_curve(row.runs)
                 kept = steps > 0
                 steps, values = steps[kept], values[:, kept]
+                above = steps[values.mean(axis=0) > high * _ABOVE]
+                start = min(start, above[-1] if len(above) else steps[0])
                 if len(row.runs) > 1:
                     axes.fill_between(
                         steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0
@@ -78,8 +81,8 @@ def _curves(fair: Fair) -> Figure:
                     label=text,
                 )  # fmt: skip
             perplexity_axis(axes, low / 1.03, high * _ABOVE)
-            even_ticks(axes.xaxis, 0.15 * steps[-1], steps[-1])
-            axes.set_xlim(0.15 * steps[-1], 1.03 * steps[-1])
+            even_ticks(axes.xaxis, start, steps[-1])
+            axes.set_xlim(start, 1.02 * steps[-1])
             axes.set_xlabel("steps")
             axes.legend(title="final, best first", loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=3.2)
         axes_with = [axes for _, axes in parts]
@@ -233,12 +236,17 @@ def _gain_bars(fair: Fair) -> dict[tuple[str, str], Gains]:
     found = {
         (model, name): gains(fair, model, name) for model in fair.models for name in CONTROLLED if name != REFERENCE
     }
-    return {key: each for key, each in found.items() if None not in (each.as_paper, each.rates, each.optimizer)}
+    return {
+        key: each
+        for key, each in found.items()
+        if None not in (each.as_paper, each.rates, each.optimizer, each.optimizer_low)
+    }
 
 
 def _gains(fair: Fair) -> Figure:
     known = _gain_bars(fair)
-    every = [0.0, *(value for each in known.values() for value in (each.as_paper, each.rates, each.optimizer) if value)]
+    keys = ("as_paper", "rates", "optimizer", "optimizer_low")
+    every = [0.0, *(value for each in known.values() for key in keys if (value := getattr(each, key)) is not None)]
     room = 0.1 * (max(every) - min(every))
     bounds = min(every) - (room if min(every) < 0 else 0), max(every) + room
     kinds = (
@@ -248,8 +256,14 @@ def _gains(fair: Fair) -> Figure:
             style.DARK,
             "",
         ),
-        ("rates", "from the rates: Adam with its Adam group at 0.02 as well", style.ORANGE, "////"),
-        ("optimizer", "from the optimizer: both with the Adam group at 0.02", "white", "\\\\\\\\"),
+        ("rates", "of that, from the rates: Adam with its Adam group at 0.02 as well", style.ORANGE, "////"),
+        ("optimizer", "and from the optimizer: both with the Adam group at 0.02", "white", "\\\\\\\\"),
+        (
+            "optimizer_low",
+            "or, if the optimizer is changed first: both with the Adam group at 0.001",
+            "white",
+            "....",
+        ),
     )
     with panels(fair, 3.9) as (figure, parts):
         for model, axes in parts:
@@ -259,13 +273,13 @@ def _gains(fair: Fair) -> Figure:
                 continue
             for index, (key, label, colour, hatch) in enumerate(kinds):
                 heights = [getattr(known[model, name], key) for name in names]
-                places = np.arange(len(names)) + (index - 1) * 0.27
+                places = np.arange(len(names)) + (index - 1.5) * 0.21
                 axes.bar(
-                    places, heights, 0.25, color=colour, hatch=hatch, edgecolor="black", linewidth=0.7, label=label
+                    places, heights, 0.19, color=colour, hatch=hatch, edgecolor="black", linewidth=0.7, label=label
                 )
                 for place, value in zip(places, heights, strict=True):
                     axes.annotate(
-                        f"{value:+.2f}", (place, value), xytext=(0, 2 if value >= 0 else -2), textcoords="offset points",
+                        f"{value:.2f}", (place, value), xytext=(0, 2 if value >= 0 else -2), textcoords="offset points",
                         ha="center", va="bottom" if value >= 0 else "top", fontsize=7,
                     )  # fmt: skip
             axes.axhline(0, color="black", linewidth=0.8)

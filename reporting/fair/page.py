@@ -7,6 +7,7 @@ text = write(sections)
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..text import NOT_RUN
 from .answer import NEAR, answer, name_of
 from .circumstances import everything, made, progress
 from .gains import CANDIDATE_RATE
-from .records import FLAT, REFERENCE, Fair, methods, wall_clock
+from .records import FLAT, OWED, REFERENCE, Fair, methods, missed, wall_clock
 from .tables import (
     CHOICES,
     PARTS,
@@ -25,7 +26,9 @@ from .tables import (
     elsewhere,
     gains_table,
     group_rates,
+    lengths,
     longer,
+    luck,
     repeat,
     stage_1,
     stage_2,
@@ -89,8 +92,10 @@ def page(fair: Fair, out: Path, figures: Iterable[Path]) -> list[Section]:
 def _beginning(source: Source) -> str:
     return _join(
         "Every method tuned alike on two small models; [the rules](../../docs/fair_comparison.md) say when each of them was "
-        "fixed. The text is Wikipedia in C4's file layout, not C4. This page is made from the records by `python "
-        "scripts/fair_report.py`.",
+        "fixed. `llama_tiny` has 3.7M parameters, 86 % of them in attention and MLP matrices, `llama_tiny_4k` 1.8M and 43 %. "
+        "A method updates those matrices, at its matrix rate; all else (embeddings, norms, last layer), the Adam group, is "
+        "updated by Adam at a rate of its own. The text is Wikipedia in C4's file layout, not C4. This page is made from the "
+        "records by `python scripts/fair_report.py`.",
         "\n".join(f"- {sentence}" for sentence in answer(source.fair)),
         progress(source.fair),
     )
@@ -102,13 +107,20 @@ def _stage_2(source: Source) -> str:
         f"{_budget(source.fair, 'fair_best')} Perplexity on held-out text of the same source, and on C4's validation text, "
         "which is out of the domain: mean ± standard deviation over seeds. Difference: mean final loss less Adam's, in "
         "nats (0.01 is about 1 % of perplexity), with its 95 % interval; p after Holm's correction over all methods "
-        "compared with Adam. Lower with the same seed: in how many of the seeds that both have, a count and no test. On "
-        "unseen rows: other validation rows of that source, on which no rate was chosen. Speed-up: all steps over the steps "
-        "to the first evaluation (every 100) at or under Adam's final mean perplexity. States are the optimizer's, all "
-        "parameters together. Seeds link to their records.",
+        "compared with Adam. On unseen rows: other validation rows of that source, on which no rate was chosen; there and for "
+        "C4, below the perplexity, the difference of losses to Adam's with its interval. Same seeds: in how many of the seeds "
+        "that both have the loss is lower than Adam's, and the interval of the mean difference between runs of one seed; a "
+        "description, of which no claim is made. Speed-up: all steps over the steps to the first evaluation (every 100) at "
+        "or under Adam's final mean perplexity, so up to 100 steps too late: at least so much. States are the optimizer's, "
+        "all parameters together. Seeds link to their records.",
         f"> {RULE}",
+        "Tests and intervals are over seeds, at fixed rates and on the same validation rows. A grid with factors of 3, "
+        "chosen at 600 steps, can miss a method's best rates by some hundredths of a nat (a parabola through the best "
+        f"matrix rate and its neighbours in stage 1 lies up to {missed(source.fair):.2f} below the best), so a difference "
+        "smaller than that may be one of rates even where the rule claims it.",
         source.by_model(_with_ngrams(stage_2, "fair_best"), "fair_best"),
-        "The same held against plain Alice, a family of tests of its own.",
+        "The same held against plain Alice, a family of tests of its own: the two are not corrected together, and on Adam "
+        "the first decides.",
         source.by_model(stage_2_against_plain, "fair_best"),
         *_clock_notes(source.fair),
         source.picture("curves", "Validation perplexity over steps, all methods, both models"),
@@ -151,7 +163,15 @@ def _stage_1(source: Source) -> str:
         source.by_model(_with_ngrams(stage_1, "fair_rates"), "fair_rates"),
         source.picture("group_rate", "Final perplexity against the rate of the Adam group"),
         source.picture("sensitivity", "Final perplexity against the matrix rate over its best value"),
+        _with_words(
+            "How lucky the selected runs are: the same configurations with seeds that chose nothing, from the ablations.",
+            luck(source.fair),
+        ),
     )
+
+
+def _with_words(words: str, table: str) -> str:
+    return _join(words, table) if table else ""
 
 
 def _gains(source: Source) -> str:
@@ -165,25 +185,32 @@ def _gains(source: Source) -> str:
         "Gains in nats of final loss, positive is better; one seed, on which the rates were selected as well. *As the paper "
         "probably compares*: Adam with both rates at 0.001 against the method with its Adam group at 0.02 and its best "
         "matrix rate. That is the sum of *from the rates* (the same Adam with its Adam group at 0.02 and its best matrix "
-        "rate there) and *from the optimizer* (against that Adam). *Group rate within the method*: from 0.001 to its best "
-        "rate of the Adam group. †: made with a best matrix rate that is marked above.",
+        "rate there) and *from the optimizer* (against that Adam). With the optimizer changed first, both Adam groups still "
+        "at 0.001, its part is *optimizer, groups at 0.001*, and the rates have the rest: how the sum divides depends on "
+        "that order, so the optimizer's part is given as a range. *Group rate within the method*: from 0.001 to its best rate "
+        "of the Adam group. †: made with a best matrix rate that is marked above.",
         gains_table(source.fair),
         source.picture("gains", "What the rates gain and what the optimizer gains"),
+        _with_words(
+            "How the gain over Adam changes with the number of steps of 2k tokens, each method at its best pair of stage 1, "
+            "which was chosen at 600 steps, single seeds:",
+            lengths(source.fair),
+        ),
     )
 
 
 def _parts(source: Source) -> str:
     return source.part(
         "fair_ablations",
-        f"{_budget(source.fair, 'fair_ablations')} Every variant at Alice's best rates of stage 1, none tuned by itself. "
-        "Difference to plain Alice in nats of final loss with its 95 % interval, p after Holm's correction over all of "
-        "Alice's variants, here and in the next section; negative is better.",
+        f"{_budget(source.fair, 'fair_ablations')} Every variant at the best rates of stage 1 of its method (Alice, in the "
+        "last table GaLore and RACS too), none tuned by itself. Difference to plain Alice in nats of final loss with its 95 % "
+        "interval, p after Holm's correction over all of Alice's variants, here and in the next section; negative is better.",
         variants(source.fair, PARTS, source.out),
         source.picture("ablations", "Difference of each variant to plain Alice"),
         "**The steps that the paper's Table 5 and Figure 5 show**, at 130M there and here: final perplexities before "
-        "and after, and the difference of losses in nats. Intervals are of single comparisons, without correction: no "
-        "significance is claimed. In Figures 5a to 5c the paper's Alice trains the last layer itself, ours leaves "
-        'it to Adam; in 5d the paper\'s "lm head" means that Adam trains it.',
+        "and after (mean ± standard deviation), and the difference of losses in nats. Intervals are of single comparisons, "
+        "without correction: no significance is claimed. In Figures 5a to 5c the paper's Alice trains the last layer itself, "
+        'ours leaves it to Adam; in 5d the paper\'s "lm head" means that Adam trains it.',
         steps_table(source.fair),
     )
 
@@ -203,8 +230,8 @@ def _batch(source: Source) -> str:
         f"{_budget(source.fair, 'fair_batch')} The better of the best matrix rate of stage 1 and three times it, with "
         "the rate in brackets, and below it the loss less Adam's at the same batch. Of two rates the better one is always at "
         "an end of those tried: a still larger or smaller one may be better. Steps are equal, so larger batches see more "
-        "text; the last column, of stage 2, is for a comparison at more nearly equal text instead. No significance is "
-        "claimed.",
+        "text: in brackets, in all. The last column, of stage 2, is for a comparison with 16k at more nearly equal text; the "
+        "[longer runs](#longer-runs) read about as much as 64k does. No significance is claimed.",
         source.by_model(batch, "fair_batch"),
     )
 
@@ -216,8 +243,8 @@ def _elsewhere(source: Source) -> str:
     return _join(
         f"The same methods in `make compare` ([records]({os.path.relpath(fair.elsewhere[0].path.parent, source.out)})): the "
         "embedded text instead of Wikipedia, larger steps and fewer of them, Alice's bases refreshed less often, each method "
-        "at the best pair of a grid of nine that did not grow. All of that differs at once, so no cause can be named; it "
-        "shows how far an order holds. Places are among these methods alone; no significance is claimed.",
+        "at the best pair of a grid of nine that did not grow, its rate of the Adam group for all the largest one tried. All "
+        "of that differs at once, so no cause can be named; it shows how far an order holds. No significance is claimed.",
         elsewhere(fair, source.out),
     )
 
@@ -233,8 +260,9 @@ def _repeat(source: Source) -> str:
 def _untuned(source: Source) -> str:
     return source.part(
         "fair_adam",
-        f"{_budget(source.fair, 'fair_adam')} Adam's averages and SOAP's published interval; difference to the method's best "
-        "run of stage 1, which has the same seed. No significance is claimed.",
+        f"{_budget(source.fair, 'fair_adam')} Adam's averages and SOAP's published interval, at the best pair of stage 1; "
+        "difference to the method's best run there, which has the same seed: negative is better. Adam has six tries here, "
+        f"the others one each. A gain of more than {OWED:g} nats gets a grid and a row of its own. No significance is claimed.",
         source.by_model(untuned, "fair_adam"),
     )
 
@@ -261,8 +289,11 @@ def _budget(fair: Fair, sweep: str) -> str:
     if not runs:
         return f"{NOT_RUN.capitalize()} yet."
     steps = "; ".join(f"{step:,}" for step in sorted({int(run.setting("trainer.steps", 0)) for run in runs}))
-    number = {run.seed for run in runs}
-    return f"{steps} steps, {'one seed' if len(number) == 1 else f'{len(number)} seeds'}."
+    seeds = {(asked.model, asked.name, asked.seed) for asked in fair.asked(sweep) if asked.folder in fair.ended}
+    counts = Counter((model, name) for model, name, _ in seeds).values()
+    low, high = min(counts), max(counts)
+    number = f"{low} to {high} seeds" if low < high else "one seed" if high == 1 else f"{high} seeds"
+    return f"{steps} steps, {number}."
 
 
 def _clock_notes(fair: Fair) -> list[str]:
@@ -272,8 +303,7 @@ def _clock_notes(fair: Fair) -> list[str]:
         found, why = wall_clock(rows)
         if why and any(row.runs for row in rows):
             notes.append(f"Speed-up in time on `{model}` is not shown: {why}.")
-        elif found:
-            parts = [f"{name_of(name)} {value:.2f}" for name, value in found.items() if name != REFERENCE]
+        elif parts := [f"{name_of(name)} {value:.2f}" for name, value in found.items() if name != REFERENCE]:
             notes.append(
                 f"Speed-up in seconds of training on `{model}` (runs at once and hardware: below): {', '.join(parts)}. "
                 "Small models on a CPU say little about a method's cost on large ones."

@@ -19,15 +19,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from .. import units
 from ..curves import first_evaluation, shared_curve
 from ..records import Run, find_runs, load_run, lookup
 from ..sides import is_number, settings
-from ..statistics import Pair, Welch, against_reference, deviation, final_losses, mean, welch
+from ..statistics import Pair, Paired, Welch, against_reference, deviation, final_losses, mean, paired, welch
 
 REFERENCE = "adam"  # of the tables of methods
 PLAIN = "alice"  # of the ablations
 ELSEWHERE = "compare"  # records of the same methods on the embedded text (make compare)
+OWED = 0.02  # nats: a variant of fair_adam that gains more gets a grid of its own, by the rules
 FLAT = 1.05  # a matrix rate is near the best if its perplexity is at most 5 % higher
 EQUAL_SHARE = (
     1.2  # runs shared the machine equally if no method's slowest seed took longer than so many times its fastest
@@ -225,8 +228,7 @@ class Row:
         first: the first step whose mean perplexity over seeds is at or under the reference's final mean; None if it
             never is, or the reference has not run.
         steps: of a whole run.
-        lower: of how many seeds its loss is lower than the reference's with the same seed, and of how many both have
-            ended: no test, and none is made of it.
+        paired: its losses against the reference's with the same seeds; None for the reference itself.
     """
 
     name: str
@@ -236,7 +238,7 @@ class Row:
     settled: bool = False
     first: int | None = None
     steps: int | None = None
-    lower: tuple[int, int] = (0, 0)
+    paired: Paired | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -286,15 +288,14 @@ def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, 
         first = None if target is None or math.isinf(target) else _first(runs[name], target)
         settled = there[name] and there.get(reference, False)
         asked = len(fair.asked(sweep, model, name))
-        lower = _lower(runs[name], runs.get(reference, []))
-        rows.append(Row(name, runs[name], asked, pairs.get(name), settled, first, total, lower))
+        pair = paired(_by_seed(runs.get(reference, [])), _by_seed(runs[name])) if name != reference else None
+        rows.append(Row(name, runs[name], asked, pairs.get(name), settled, first, total, pair))
     return sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity) if ordered else rows
 
 
-def _lower(runs: Sequence[Run], others: Sequence[Run]) -> tuple[int, int]:
-    by_seed = {run.seed: run.perplexity for run in others}
-    both = [(run.perplexity, by_seed[run.seed]) for run in runs if run.seed in by_seed]
-    return sum(mine < theirs for mine, theirs in both), len(both)
+def _by_seed(runs: Sequence[Run]) -> dict[int, float]:
+    """Final losses."""
+    return {run.seed: math.log(run.perplexity) for run in runs if run.seed is not None}
 
 
 def _first(runs: Sequence[Run], target: float) -> int | None:
@@ -326,7 +327,7 @@ def unseen(runs: Sequence[Run]) -> list[float]:
     for run in runs:
         evaluated, used = _evaluations(run), lookup(run.summary, "validation_tokens")
         loss, tokens = (lookup(evaluated, f"fresh.{name}") for name in ("loss", "tokens"))
-        if is_number(loss) and is_number(tokens) and is_number(used) and tokens > used:
+        if is_number(loss) and is_number(tokens) and is_number(used) and tokens > used and not run.diverged:
             found.append(math.exp((loss * tokens - math.log(run.perplexity) * used) / (tokens - used)))
     return found
 
@@ -353,6 +354,8 @@ def wall_clock(rows: Sequence[Row]) -> tuple[dict[str, float], str]:
     seconds = {row.name: [_seconds(run) for run in row.runs] for row in rows if row.runs and not row.diverged}
     if any(not all(values) for values in seconds.values()):
         return {}, "not every run has recorded its time"
+    if any(len(values) < 2 for values in seconds.values()):
+        return {}, "a method has one seed so far, which cannot show whether the runs shared the machine equally"
     shares = {name: max(values) / min(values) for name, values in seconds.items()}
     worst = max(shares, key=lambda name: shares[name], default=None)
     if worst is not None and shares[worst] > EQUAL_SHARE:
@@ -368,6 +371,54 @@ def wall_clock(rows: Sequence[Row]) -> tuple[dict[str, float], str]:
 def _seconds(run: Run) -> float:
     value = lookup(run.summary, "training_seconds", lookup(run.summary, "wall_seconds"))
     return float(value) if is_number(value) else 0.0
+
+
+def missed(fair: Fair) -> float:
+    """The most, in nats, that a parabola over log matrix rate through a best rate and its neighbours lies below the best."""
+    found = [0.0]
+    for model in fair.models:
+        for method in fair.plans.published:
+            grid = fair.grid(model, method)
+            profile = {lr: value for lr, value in grid.profile().items() if math.isfinite(value)}
+            rates = list(profile)
+            place = rates.index(grid.best.lr) if grid.best else 0
+            if 0 < place < len(rates) - 1:
+                around = rates[place - 1 : place + 2]
+                x = np.log([lr / rates[place] for lr in around])
+                y = np.log([profile[lr] / profile[rates[place]] for lr in around])
+                a, b, c = np.polyfit(x, y, 2)
+                found.append(float(b * b / (4 * a) - c) if a > 0 else 0.0)
+    return max(found)
+
+
+# What was not tuned, other lengths ----------------------------------------------------------------------------------------
+
+
+def untuned_changes(fair: Fair, model: str) -> list[tuple[Asked, Run | None, Run | None, float | None]]:
+    """Variants of fair_adam: the method's best run of stage 1, the variant's, and its loss less the best run's."""
+    found = []
+    for asked in fair.asked("fair_adam", model):
+        before, run = fair.grid(model, asked.optimizer).best, fair.ended.get(asked.folder)
+        both = before is not None and run is not None and math.isfinite(run.perplexity)
+        change = math.log(run.perplexity / before.perplexity) if both and before and run else None
+        found.append((asked, before, run, change))
+    return found
+
+
+def owed(fair: Fair) -> list[tuple[str, str]]:
+    """Model and name of the variants that have gained so much that the rules ask for a grid of theirs."""
+    changes = [(model, each) for model in fair.models for each in untuned_changes(fair, model)]
+    return [(model, asked.name) for model, (asked, _, _, change) in changes if change is not None and change < -OWED]
+
+
+def by_length(fair: Fair, model: str, method: str) -> dict[int, tuple[Run, int]]:
+    """One run and its seed for each number of steps at 2k tokens a step, at the method's best pair of stage 1."""
+    best = fair.grid(model, method).best
+    if best is None:
+        return {}
+    sweeps = (("fair_batch", f"{method}_2k"), ("fair_best", method), ("fair_long", method))
+    runs = [best, *(run for sweep, name in sweeps for run in fair.runs(sweep, model, name)[:1])]
+    return {int(run.setting("trainer.steps", 0)): (run, run.seed or 0) for run in runs}
 
 
 # Steps of the paper's ablations, repetitions ----------------------------------------------------------------

@@ -10,13 +10,14 @@ from pathlib import Path
 from .. import units
 from ..paper.numbers import load_paper
 from ..records import Run
-from ..statistics import deviation, mean
+from ..statistics import ONE_SIDE, deviation, mean, welch
 from ..summary import ranking
 from ..text import NOT_RUN, markdown
 from .answer import name_of
 from .circumstances import commit_of
 from .gains import ADAM_RATE, CANDIDATE_RATE, CONTROLLED, at_end, batch_runs, best_at, gain, gains, settled, tried
 from .records import (
+    OWED,
     PLAIN,
     REFERENCE,
     STEPS,
@@ -24,12 +25,14 @@ from .records import (
     Row,
     ablations,
     against_plain,
+    by_length,
     lowest,
     methods,
     out_of_domain,
     repeats,
     step_test,
     unseen,
+    untuned_changes,
 )
 
 BATCHES = ("2k", "16k", "64k")  # tokens a step
@@ -58,12 +61,26 @@ CHOICES = {
     "no_warmup": "no warm-up",
 }
 
+UNTUNED = {
+    "adam_b98": "Adam's beta_2 0.98, of all parameters",
+    "adam_b98_lr3": "the same, three times the matrix rate",
+    "adam_b95": "Adam's beta_2 0.95, of all parameters",
+    "adam_b95_lr3": "the same, three times the matrix rate",
+    "adam_m95": "Adam's beta_1 and beta_2 0.95 on the matrices, 0.9 and 0.95 elsewhere",
+    "adam_m95_lr3": "the same, three times the matrix rate",
+    "alice_b95": "beta_2 0.95 in the Adam group",
+    "racs_b95": "beta_2 0.95 in the Adam group",
+    "muon_b95": "beta_2 0.95 in the Adam group",
+    "soap_k10": "SOAP's published interval of 10 steps",
+}
+
 
 def stage_2(fair: Fair, model: str, out: Path) -> str:
     head = ["method", "matrix rate", "Adam group", "perplexity", "on unseen rows", "C4 perplexity",
-            "difference to Adam [95 %]", "p (Holm)", "verdict", "lower with the same seed", "states",
-            "speed-up in steps", "seeds"]  # fmt: skip
+            "difference to Adam [95 %]", "p (Holm)", "verdict", "same seeds: lower in", "states", "speed-up in steps",
+            "seeds"]  # fmt: skip
     rows, missing = [], []
+    reference = fair.runs("fair_best", model, REFERENCE)
     for row in methods(fair, model):
         if not row.runs:
             missing.append(name_of(row.name))
@@ -76,10 +93,9 @@ def stage_2(fair: Fair, model: str, out: Path) -> str:
                 f"{first.lr:g}",
                 f"{first.adam_lr:g}",
                 spread(row),
-                "–" if row.diverged else values(unseen(row.runs)) or NOT_RUN,
-                "–" if row.diverged else values(out_of_domain(row.runs)) or NOT_RUN,
+                *(_evaluated(row, kind(row.runs), kind(reference)) for kind in (unseen, out_of_domain)),
                 *compared(row),
-                lower(row),
+                same_seeds(row),
                 units.size(size) if size else "–",
                 "1" if row.name == REFERENCE else _speedup(row),
                 seeds(row, out),
@@ -88,9 +104,30 @@ def stage_2(fair: Fair, model: str, out: Path) -> str:
     return markdown(head, rows) + _missing(missing)
 
 
+def _evaluated(row: Row, found: Sequence[float], reference: Sequence[float]) -> str:
+    """Perplexity on other text; below it the difference of mean losses to the reference's there, of which no test is made."""
+    if row.diverged:
+        return "–"
+    if not found:
+        return NOT_RUN
+    text = values(found) + (f" ({len(found)} of {len(row.runs)} seeds)" if len(found) < len(row.runs) else "")
+    losses, others = ([math.log(value) for value in each] for each in (found, reference))
+    test = welch(others, losses)
+    if row.pair is None or test.difference is None:
+        return text
+    return f"{text}<br>{interval(test.difference, test.interval)}"
+
+
 def stage_2_against_plain(fair: Fair, model: str, out: Path) -> str:
-    head = ["method", f"difference to {name_of(PLAIN)} [95 %]", "p (Holm)", "verdict", "lower with the same seed"]
-    rows = [[name_of(row.name), *compared(row), lower(row)] for row in against_plain(fair, model) if row.runs]
+    """Without verdict on the reference of the first family, on which that one decides."""
+    head = ["method", f"difference to {name_of(PLAIN)} [95 %]", "p (Holm)", "verdict", "same seeds: lower in"]
+    rows = []
+    for row in against_plain(fair, model):
+        if row.runs:
+            difference, p, verdict = compared(row)
+            rows.append(
+                [name_of(row.name), difference, p, "above" if row.name == REFERENCE else verdict, same_seeds(row)]
+            )
     return markdown(head, rows)
 
 
@@ -219,16 +256,16 @@ def steps_table(fair: Fair) -> str:
         row = [step.figure, f"`{step.before}`", f"`{step.after}`", f"{before:.2f} → {after:.2f}", f"{theirs:+.4f}"]
         for model in fair.models:
             test = step_test(fair, model, step)
-            sides = [
-                mean([run.perplexity for run in fair.runs("fair_ablations", model, name)])
-                for name in (step.before, step.after)
-            ]
-            if None in sides:
+            sides = [fair.runs("fair_ablations", model, name) for name in (step.before, step.after)]
+            if not all(sides):
                 row += [NOT_RUN, "–", "–"]
                 continue
-            row.append(" → ".join(units.perplexity(side) for side in sides if side is not None))
+            whole = all(fair.complete("fair_ablations", model, name) for name in (step.before, step.after))
+            row.append(" → ".join(spread(Row("", runs, len(runs))) for runs in sides))
             row += [interval(test.difference, test.interval) if test.difference is not None else test.why]
-            row.append(_sign(theirs, test.difference, test.interval))
+            sign = _sign(theirs, test.difference, test.interval)
+            counts = " and ".join(str(len(runs)) for runs in sides)
+            row.append(sign if whole or sign == "–" else f"{sign} (provisional: {counts} seeds)")
         rows.append(row)
     return markdown(head, rows, left=3)
 
@@ -257,8 +294,13 @@ def batch(fair: Fair, model: str, out: Path) -> str:
             difference = gain(run, by_size[REFERENCE, size][0]) if method != REFERENCE else None
             row.append(text + (f"<br>{difference:+.4f}" if difference is not None else ""))
         rows.append(row)
-    steps = next((f", {run.setting('trainer.steps'):,} steps" for run in fair.runs("fair_best", model)), "")
-    return markdown(["method", *(f"{size} tokens a step" for size in BATCHES), f"stage 2: 2k{steps}"], rows)
+    heads = []
+    for size in (*BATCHES, "stage 2"):
+        run = next((run for (_, which), (run, _) in by_size.items() if which == size and run and run.summary), None)
+        read = f" ({run.summary['tokens'] / 1e6:.1f}M)" if run and run.summary and run.summary.get("tokens") else ""
+        steps = f"stage 2: 2k, {run.setting('trainer.steps'):,} steps" if run else "stage 2"
+        heads.append((f"{size} tokens a step" if size in BATCHES else steps) + read)
+    return markdown(["method", *heads], rows)
 
 
 def _stage_2_of_batch(fair: Fair, model: str, method: str) -> Run | None:
@@ -268,36 +310,67 @@ def _stage_2_of_batch(fair: Fair, model: str, method: str) -> Run | None:
 
 
 def elsewhere(fair: Fair, out: Path) -> str:
-    """The methods of another task beside stage 1 on the same model: perplexities, places, steps between refreshes."""
+    """The methods of another task beside stages 1 and 2 on the same model, and steps between refreshes."""
     there = ranking(fair.elsewhere)
-    model = fair.elsewhere[0].model
-    grids = {name: fair.grid(model, name).best for name in there if model is not None}
-    here = sorted((run for run in grids.values() if run), key=lambda run: run.perplexity)
+    task = next(iter(there.values()))[0]
+    model = str(task.model)
+    stage_2_rows = {row.name: row for row in methods(fair, model)}
     rows = []
-    for place, (name, runs) in enumerate(there.items(), start=1):
-        best = grids[name]
+    for name, runs in there.items():
+        best, row = fair.grid(model, name).best, stage_2_rows.get(name)
         rows.append(
             [
                 name_of(name),
                 f"{values([run.perplexity for run in runs])} ({runs[0].lr:g}, {runs[0].adam_lr:g})",
-                str(place),
                 _interval(runs[0]),
                 f"{linked(best, out)} ({best.lr:g}, {best.adam_lr:g})" if best else NOT_RUN,
-                str(here.index(best) + 1) if best else "–",
                 _interval(best) if best else "–",
+                spread(row) if row and row.runs else NOT_RUN,
             ]
         )
-    task = next(iter(there.values()))[0]
     steps, rows_of = (int(task.setting(f"trainer.{key}", 0)) for key in ("steps", "batch_size"))
-    length = int(task.setting("data.length", 0))
-    head = ["method", f"`{model}`, embedded text, {steps:,} steps of {rows_of * length:,} tokens (rates)", "place",
-            "steps between refreshes", "stage 1 (rates)", "place", "steps between refreshes"]  # fmt: skip
+    tokens = rows_of * int(task.setting("data.length", 0))
+    head = ["method", f"`{model}`, embedded text, {steps:,} steps of {tokens:,} tokens (rates)", "steps between refreshes",
+            "stage 1 (rates)", "steps between refreshes", "stage 2"]  # fmt: skip
     return markdown(head, rows)
 
 
 def _interval(run: Run) -> str:
     steps = run.setting("optimizer.update_interval")
     return str(steps) if steps else "–"
+
+
+def lengths(fair: Fair) -> str:
+    """Gains over Adam, in nats, by the number of steps of 2k tokens, each method at its best pair of stage 1."""
+    found = {model: {name: by_length(fair, model, name) for name in CONTROLLED} for model in fair.models}
+    steps = sorted({each for model in found.values() for runs in model.values() for each in runs})
+    rows = []
+    for model, by_method in found.items():
+        for name in CONTROLLED:
+            if name == REFERENCE or not by_method[name]:
+                continue
+            row = [f"`{model}`", name_of(name)]
+            for each in steps:
+                (adam, seed), (ours, _) = (by_method[which].get(each, (None, None)) for which in (REFERENCE, name))
+                value = gain(adam, ours)
+                row.append("–" if value is None else f"{value:+.3f} (seed {seed})")
+            rows.append(row)
+    return markdown(["model", "method", *(f"{each:,} steps" for each in steps)], rows, left=2) if rows else ""
+
+
+def luck(fair: Fair) -> str:
+    """The selected runs of stage 1 beside other seeds of the same configuration, those of the ablations."""
+    rows = []
+    for model in fair.models:
+        for name in (PLAIN, "galore", "racs"):
+            best, runs = fair.grid(model, name).best, fair.runs("fair_ablations", model, name)
+            if best is not None and runs:
+                row = Row(name, runs, len(fair.asked("fair_ablations", model, name)))
+                rows.append(
+                    [f"`{model}`", name_of(name), units.perplexity(best.perplexity), spread(row), str(len(runs))]
+                )
+    head = ["model", "method", "selected, seed 42", "other seeds", "how many"]
+    return markdown(head, rows, left=2) if rows else ""
 
 
 def repeat(fair: Fair, out: Path) -> str:
@@ -315,18 +388,18 @@ def repeat(fair: Fair, out: Path) -> str:
 
 def untuned(fair: Fair, model: str, out: Path) -> str:
     rows = []
-    for asked in fair.asked("fair_adam", model):
-        run, before = fair.ended.get(asked.folder), fair.grid(model, asked.optimizer).best
-        change = gain(run, before)
+    for asked, before, run, change in untuned_changes(fair, model):
+        text = "–" if change is None else f"{change:+.4f}" + (": a grid is owed" if change < -OWED else "")
         rows.append(
             [
                 f"`{asked.name}`",
+                UNTUNED.get(asked.name, "–"),
                 linked(before, out) if before else NOT_RUN,
                 linked(run, out) if run else NOT_RUN,
-                f"{change:+.4f}" if change is not None else "–",
+                text,
             ]
         )
-    return markdown(["variant", "stage 1", "perplexity", "difference of loss"], rows)
+    return markdown(["variant", "what", "stage 1", "perplexity", "difference of loss"], rows, left=2)
 
 
 def longer(fair: Fair, model: str, out: Path) -> str:
@@ -365,7 +438,7 @@ def compared(row: Row) -> tuple[str, str, str]:
     if row.pair is None:
         return "reference", "–", "–"
     test, p = row.pair.test, row.pair.p
-    if test.difference is None and not row.diverged and row.runs:
+    if test.why == ONE_SIDE and row.runs:
         return "the reference has not run", "–", "–"
     difference = test.why if test.difference is None else interval(test.difference, test.interval)
     if p is None:
@@ -374,10 +447,12 @@ def compared(row: Row) -> tuple[str, str, str]:
     return difference, p_value(p), verdict if row.settled else "provisional: seeds are missing"
 
 
-def lower(row: Row) -> str:
-    """With how many of the common seeds the loss is lower than the reference's."""
-    below, both = row.lower
-    return f"{below} of {both}" if row.pair is not None and both else "–"
+def same_seeds(row: Row) -> str:
+    """In how many of the common seeds the loss is lower than the reference's, and the interval of the mean difference."""
+    if row.paired is None or not row.paired.seeds:
+        return "–"
+    reach = row.paired.interval
+    return f"{row.paired.lower} of {row.paired.seeds}" + (f" [{reach[0]:+.4f}, {reach[1]:+.4f}]" if reach else "")
 
 
 def interval(difference: float, reach: tuple[float, float] | None) -> str:

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from reporting import load_run
-from reporting.statistics import against_reference, deviation, final_losses, holm, in_general, mean, welch
+from reporting.statistics import (
+    Paired,
+    against_reference,
+    deviation,
+    final_losses,
+    holm,
+    in_general,
+    mean,
+    paired,
+    welch,
+)
 from tests.reporting.synthetic import write_run
 
 losses = st.floats(0, 20).map(lambda x: round(x, 4))
@@ -194,3 +205,14 @@ def test_an_impossible_perplexity_is_named(tmp_path):
     run = load_run(write_run(tmp_path / "run", steps=4, summary={"perplexity": 0}))
     with pytest.raises(ValueError, match=r"run/summary\.json has a perplexity of 0: restore the file"):
         final_losses([run])
+
+
+def test_paired_differences_have_students_interval():
+    adam, alice = {43: 4.41, 44: 4.43, 45: 4.40, 46: 4.0}, {45: 4.27, 44: 4.44, 43: 4.20, 47: 1.0}
+    found = paired(adam, alice)
+    theirs = stats.ttest_rel([4.20, 4.44, 4.27], [4.41, 4.43, 4.40]).confidence_interval(0.95)
+    assert (found.lower, found.seeds) == (2, 3)
+    assert found.interval == pytest.approx((theirs.low, theirs.high), rel=1e-12)
+    assert paired(adam, {43: 4.0}) == Paired(1, 1)
+    assert paired(adam, {43: math.inf, 44: 4.0}) == Paired(1, 2)  # one diverged: no interval
+    assert paired(adam, adam) == Paired(0, 4) and paired({}, adam) == Paired(0, 0)

@@ -2,6 +2,7 @@
 
     python scripts/sweep.py compare --jobs 2       configs/sweep/compare.yaml, two runs at a time
     python scripts/sweep.py compare --only alice,racs
+    python scripts/sweep.py fair_best --seeds 43,44    some of a plan's seeds first
     python scripts/sweep.py compare --dry-run      what would run, and for how long
     python scripts/sweep.py compare --report-only  tables and figures again, from the records alone
     python scripts/sweep.py compare --gpus 0,1,2,3 --gpus-per-job 2                   two runs at a time, on two GPUs each
@@ -60,6 +61,22 @@ def with_rates(plan: Plan, records: Path) -> Plan:
     return replace(plan, rates={key: rates for key, rates in found.items() if rates is not None})
 
 
+def _with_seeds(plan: Plan, wanted: Sequence[str] | None) -> Plan:
+    """The plan with some of its seeds.
+
+    Raises:
+        ValueError: a seed that is none of the plan's, or a plan whose choices are made by all of its seeds.
+    """
+    if wanted is None:
+        return plan
+    if not plan.variants:
+        raise ValueError(f"{plan.name} chooses by its seeds, so it needs all of them: leave --seeds out.")
+    odd = [seed for seed in wanted if seed not in map(str, plan.seeds)]
+    if odd:
+        raise ValueError(f"{plan.name} has no seed {', '.join(odd)}: choose from {', '.join(map(str, plan.seeds))}.")
+    return replace(plan, seeds=tuple(seed for seed in plan.seeds if str(seed) in wanted))
+
+
 def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +99,7 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
         "--write-recipe", type=Path, metavar="DIR", help="the best of each method as DIR/METHOD-MODEL.yaml; run nothing"
     )
     parser.add_argument("--only", type=_names, help="some of its optimizers or variants, as in alice,racs")
+    parser.add_argument("--seeds", type=_names, help="some of the seeds of a plan with variants, as in 43,44")
     parser.add_argument("--report-only", action="store_true", help="tables and figures from the records, run nothing")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for train.py")
@@ -98,7 +116,7 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
         parser.error(f"there is no plan {asked.plan}: choose from {names}, or give a file.")
     out = (asked.out or RECORDS / file.stem).resolve()
     try:
-        plan = with_rates(load_plan(file, asked.only), out.parent)
+        plan = with_rates(_with_seeds(load_plan(file, asked.only), asked.seeds), out.parent)
         kind = SearchSweep if plan.search else Sweep
         here = asked.executor == "process" and not (asked.report_only or asked.dry_run or asked.write_recipe)
         places = slots(asked.jobs, asked.gpus, asked.gpus_per_job) if here else [()] * (asked.jobs or 1)

@@ -202,7 +202,7 @@ class Plan:
             (model, given.get("rates", given.get("optimizer", variant)))
             for model, (variant, given) in product(self.models, self.variants.items())
         }
-        return [f"{model} {name}" for model, name in sorted(wanted - set(self.rates), key=str)]
+        return [" ".join(filter(None, pair)) for pair in sorted(wanted - set(self.rates), key=str)]
 
 
 @dataclass(frozen=True)

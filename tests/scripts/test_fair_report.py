@@ -1,13 +1,15 @@
 """The command that writes the fair comparison's report, and checks it."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from scripts import fair_report as command
-from sweeps import load_plan
+from sweeps import Sweep, load_plan
 from tests.reporting.fair_plans import perplexity, write_plans
 from tests.reporting.fair_records import write_fair
 
@@ -115,3 +117,23 @@ def test_the_projects_plans_are_understood(tmp_path):
     assert found.published["adam"] == 0.001 and found.published["alice"] == 0.02
     assert not found.finished
     assert all(load_plan(command.PLANS / f"{name}.yaml").near == NEAR for name in ("fair_rates", "fair_control"))
+
+
+def test_the_rates_to_begin_with_are_the_best_of_stage_1():
+    root = Path(command.__file__).resolve().parents[1]
+    plan = load_plan(root / "configs/sweep/fair_rates.yaml")
+    sweep = Sweep(plan, root / "results/runs/fair_rates")
+    sweep.read()
+    text = (
+        (root / "docs/optimizers.md")
+        .read_text(encoding="utf-8")
+        .partition("## Where to begin")[2]
+        .partition("\n## ")[0]
+    )
+    number = r"([\d.]+), ([\d.]+)"
+    rows = re.findall(rf"((?:`\w+`(?:, )?)+) \| {number} \| {number} \|", text)
+    said = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(said) == set(plan.optimizers)
+    for name, numbers in said.items():
+        best = [plan.best(model, name, sweep.results) for model in ("llama_tiny", "llama_tiny_4k")]
+        assert [f"{rate:g}" for pair in zip(*best, strict=True) for rate in pair] == list(numbers), name

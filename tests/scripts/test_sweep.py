@@ -287,10 +287,14 @@ def test_variants_with_the_best_rates_of_another_sweep(sweep, tmp_path, monkeypa
         "variants": variants,
         "rates_from": "rates",
     }
+    code, printed, calls = sweep("--seeds", "2", **changes)
+    assert code == 0 and sorted(names(calls)) == ["alice-s2", "cold-s2"]
     code, printed, calls = sweep(**changes)
-    assert code == 0 and sorted(names(calls)) == ["alice-s1", "alice-s2", "cold-s1", "cold-s2"]
+    assert code == 0 and sorted(names(calls)) == ["alice-s1", "cold-s1"], "the rest"
+    assert "has no seed 3: choose from 1, 2." in sweep("--seeds", "1,3", **changes)[1]
+    assert "plan chooses by its seeds, so it needs all of them: leave --seeds out." in sweep("--seeds", "42")[1]
     assert all("optimizer.lr=0.02" in call for call in calls)
-    assert "left out until the grids of rates are finished: None racs" in printed
+    assert "left out until the grids of rates are finished: racs." in printed
 
 
 def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(tmp_path):

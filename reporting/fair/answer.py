@@ -51,7 +51,8 @@ def _so_far(tables: dict[str, list[Row]]) -> str:
             counts = sorted({len(row.runs) for row in ended})
             seeds = f"{' to '.join(map(str, counts[:: len(counts) - 1] if len(counts) > 1 else counts))} of {ended[0].asked}"
             shown = [f"{name_of(row.name)} {units.perplexity(row.perplexity or 0)}" for row in ended]
-            parts.append(f"on `{model}` ({seeds} seeds) {_and(shown)}")
+            lost = [name_of(row.name) for row in rows if row.diverged]
+            parts.append(f"on `{model}` ({seeds} seeds) {_and(shown)}{f', diverged {_and(lost)}' if lost else ''}")
     claims = "nothing is claimed about which method is better"
     if not parts:
         return f"Stage 2 tells nothing yet: {claims}."

@@ -517,6 +517,8 @@ def test_what_stage_2_shows_before_it_claims_anything(fair):
     assert "Seeds are missing, so nothing is claimed" in text and "better than" not in text
     some = without(fair, "fair_best/llama_tiny/*-s45", "fair_best/llama_tiny/racs-s44", "fair_best/llama_tiny_4k/*")
     assert "(1 to 2 of 3 seeds)" in " ".join(answer(some))
+    lost = changed(some, "fair_best/llama_tiny/racs-s43", diverged=7)
+    assert "Adam 59.85, diverged RACS. Seeds" in " ".join(answer(lost))
 
 
 def test_the_page_without_any_record_claims_nothing(whole, tmp_path):

@@ -18,11 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from reporting import benchmarks  # noqa: E402
+from reporting.fair.figures import available  # noqa: E402
+from reporting.fair.page import summary  # noqa: E402
+from reporting.fair.records import load_fair  # noqa: E402
 from reporting.paper.cost import computed_memory  # noqa: E402
 from reporting.paper.figures import draw_all  # noqa: E402
 from reporting.paper.numbers import RESULTS, load_paper  # noqa: E402
 from reporting.paper.page import FIGURES, differences, generate  # noqa: E402
 from reporting.paper.records import RUNS  # noqa: E402
+from scripts.fair_report import PLANS, plans  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(asked: argparse.Namespace) -> int:
     paper = load_paper()
     exact = computed_memory(paper, "exact")
-    files = generate(asked.runs, computed_memory(paper, "paper"), exact)
+    fair = load_fair(RESULTS / "runs", plans(RESULTS / "runs", PLANS))
+    pictures = [RESULTS / "figures" / "fair" / f"{name}.png" for name in available(fair)]
+    said = summary(fair, RESULTS, RESULTS / "fair" / "README.md", pictures)
+    files = generate(asked.runs, computed_memory(paper, "paper"), exact, said)
     files[benchmarks.PAGE] = benchmarks.page(RESULTS / "benchmarks")
     if asked.check:
         found = differences(files, asked.out)

@@ -1,6 +1,7 @@
 """The page of the fair comparison, results/fair/README.md, as sections: tables first, how it was made last.
 
 sections = page(fair, out, figures)          out: folder of the page, which its links start from
+text = summary(fair, out, own, figures)      for another page
 text = write(sections)
 """
 
@@ -87,6 +88,18 @@ def page(fair: Fair, out: Path, figures: Iterable[Path]) -> list[Section]:
         Section("How it was made", made(fair)),
         Section("Every run", everything(fair, out)),
     ]
+
+
+def summary(fair: Fair, out: Path, own: Path, figures: Iterable[Path]) -> str:
+    """The answer and its pictures for another page, in the folder `out`; `own`: the page of the fair comparison."""
+    source = Source(fair, out, {path.stem: os.path.relpath(path, out) for path in figures})
+    return _join(
+        "What the paper's comparison leaves open: eleven methods tuned alike on two small models, on other text, at the "
+        f"beginning of training ([all of it]({os.path.relpath(own, out)}), [rules](../docs/fair_comparison.md)).",
+        "\n".join(f"- {sentence}" for sentence in answer(fair)),
+        source.picture("curves", "Validation perplexity over steps, all methods, both models"),
+        source.picture("gains", "What the rates gain and what the optimizer gains"),
+    )
 
 
 def _beginning(source: Source) -> str:

@@ -57,6 +57,9 @@ _REPORTS = (  # pages that other commands write
 )
 
 
+_FAIR = "The fair comparison"
+
+
 def make_tables(root: Path = RUNS, printed: Memory | None = None, exact: Memory | None = None) -> list[Table]:
     """Every table, in the order of the page.
 
@@ -86,13 +89,20 @@ def make_tables(root: Path = RUNS, printed: Memory | None = None, exact: Memory 
     ]
 
 
-def generate(root: Path = RUNS, printed: Memory | None = None, exact: Memory | None = None) -> dict[str, str]:
-    """The text of every generated file, by its path relative to results/. Arguments as of `make_tables`."""
+def generate(
+    root: Path = RUNS, printed: Memory | None = None, exact: Memory | None = None, fair: str = ""
+) -> dict[str, str]:
+    """The text of every generated file, by its path relative to results/.
+
+    Args:
+        root, printed, exact: as of `make_tables`.
+        fair: what the page says of the fair comparison (`reporting.fair.page.summary`); "": only where it is.
+    """
     paper = load_paper()
     printed = cost.computed_memory(paper, "paper") if printed is None else printed
     made = make_tables(root, printed, exact)
     files = {f"tables/{table.name}.md": _file(table) for table in made}
-    return {"README.md": _page(paper, made, root, printed)} | files
+    return {"README.md": _page(paper, made, root, printed, fair)} | files
 
 
 def differences(files: Mapping[str, str], results: Path = RESULTS) -> list[str]:
@@ -135,7 +145,7 @@ def _file(table: Table) -> str:
     return re.sub(r"\]\((?!https?:)", "](../", body)
 
 
-def _page(paper: Paper, made: list[Table], root: Path, printed: Memory) -> str:
+def _page(paper: Paper, made: list[Table], root: Path, printed: Memory, fair: str) -> str:
     filled = [cell for cell in CELLS if cell.table != "figure6" and fill(cell, root).values]
     cells = [cell for cell in CELLS if cell.table != "figure6"]
     parts = [
@@ -162,6 +172,7 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory) -> str:
                 "Contents:",
                 "",
                 *(f"- [{table.title}](#{_anchor(table.title)})" for table in made),
+                *([f"- [{_FAIR}](#{_anchor(_FAIR)})"] if fair else []),
                 "- [Other reports](#other-reports)",
             ]
         ),
@@ -178,6 +189,7 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory) -> str:
             parts.append(f"<details><summary>All {rows} cells, with commands</summary>\n\n{table.body}\n\n</details>")
         else:
             parts.append(table.body)
+    parts += [f"## {_FAIR}", fair] if fair else []
     parts += ["## Other reports", "\n".join(f"- [{text}]({path})" for path, text in _REPORTS)]
     parts.append("Notebooks that show the same and let you change it: [results/notebooks](notebooks).")
     return "\n\n".join(parts) + "\n"

@@ -19,7 +19,7 @@ from reporting.fair.axes import unfinished
 from reporting.fair.circumstances import made, progress
 from reporting.fair.figures import available, draw
 from reporting.fair.gains import at_end, batch_runs, best_at, gains, settled
-from reporting.fair.page import page, write
+from reporting.fair.page import page, summary, write
 from reporting.fair.records import (
     Fair,
     Grid,
@@ -538,6 +538,12 @@ def test_links_lead_to_records_and_no_path_of_this_machine_is_shown(fair, whole)
     assert all((out / link).resolve().joinpath("config.yaml").is_file() for link in links)
     assert str(whole) not in text and "/home/" not in text
     assert "![Validation perplexity over steps, all methods, both models](../../figures/curves.png)" in text
+
+
+def test_another_page_shows_the_answer_with_links_from_its_own_folder(fair, whole):
+    text = summary(fair, whole, whole / "fair/README.md", [whole / "figures/fair/curves.png"])
+    assert "[all of it](fair/README.md)" in text and "](figures/fair/curves.png)" in text and "gains.png" not in text
+    assert all(f"- {sentence}" in text for sentence in answer(fair))
 
 
 # Pictures --------------------------------------------------------------------------------------------------------------

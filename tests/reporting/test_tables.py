@@ -320,6 +320,13 @@ def test_links_lead_somewhere(page: dict[str, str]) -> None:
     assert len(anchors) > 10 and set(anchors) <= headings
 
 
+def test_what_the_fair_comparison_says_has_a_section_of_its_own(tmp_path: Path) -> None:
+    with_it = generate(tmp_path, {}, {}, "- Nobody wins.")["README.md"]
+    assert "\n- [The fair comparison](#the-fair-comparison)\n" in with_it
+    assert "\n## The fair comparison\n\n- Nobody wins.\n\n## Other reports\n" in with_it
+    assert "## The fair comparison" not in generate(tmp_path, {}, {})["README.md"]
+
+
 def test_the_page_counts_what_has_been_run(page: dict[str, str]) -> None:
     cells = [cell for cell in CELLS if cell.paper_value is not None]
     places = sum(cell.experiment == ALICE for cell in cells)

@@ -43,16 +43,24 @@ def _settled(rows: Iterable[Row]) -> list[Row]:
 
 
 def _so_far(tables: dict[str, list[Row]]) -> str:
-    """Stage 2 before any method can be held against Adam: means of the seeds that there are, and that they claim nothing."""
+    """Stage 2 before any method can be held against Adam: means over the seeds that all have, and that they claim nothing."""
     parts = []
     for model, rows in tables.items():
-        ended = [row for row in rows if row.runs and not row.diverged]
-        if any(row.name == REFERENCE for row in ended) and len(ended) > 1:
-            counts = sorted({len(row.runs) for row in ended})
-            seeds = f"{' to '.join(map(str, counts[:: len(counts) - 1] if len(counts) > 1 else counts))} of {ended[0].asked}"
-            shown = [f"{name_of(row.name)} {units.perplexity(row.perplexity or 0)}" for row in ended]
-            lost = [name_of(row.name) for row in rows if row.diverged]
-            parts.append(f"on `{model}` ({seeds} seeds) {_and(shown)}{f', diverged {_and(lost)}' if lost else ''}")
+        ended = {
+            row.name: {run.seed or 0: run.perplexity for run in row.runs}
+            for row in rows
+            if row.runs and not row.diverged
+        }
+        common = sorted(set.intersection(*map(set, ended.values()))) if ended else []
+        if REFERENCE not in ended or len(ended) < 2 or not common:
+            continue
+        means = {name: sum(by_seed[seed] for seed in common) / len(common) for name, by_seed in ended.items()}
+        shown = [
+            f"{name_of(name)} {units.perplexity(means[name])}" for name in sorted(means, key=lambda name: means[name])
+        ]
+        lost = [name_of(row.name) for row in rows if row.diverged]
+        seeds = f"{len(common)} of {rows[0].asked} seeds, those that all of these have"
+        parts.append(f"on `{model}` ({seeds}) {_and(shown)}{f', diverged {_and(lost)}' if lost else ''}")
     claims = "nothing is claimed about which method is better"
     if not parts:
         return f"Stage 2 tells nothing yet: {claims}."

@@ -225,8 +225,8 @@ class Row:
         asked: seeds that the plan asks for.
         pair: against the reference, by the rule; None for the reference itself.
         settled: all seeds of it and of the reference have ended: only then is a difference claimed.
-        first: the first step whose mean perplexity over seeds is at or under the reference's final mean; None if it
-            never is, or the reference has not run.
+        first: the first step whose mean perplexity is at or under the reference's final mean, over the seeds that both
+            have; None if it never is, or the reference has not run.
         steps: of a whole run.
         paired: its losses against the reference's with the same seeds; None for the reference itself.
     """
@@ -280,12 +280,15 @@ def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, 
     losses = {name: final_losses(each) for name, each in runs.items()}
     # A method that has not run stays in the family: it makes no other claim easier.
     pairs = against_reference(losses.pop(reference, []), losses)
-    target = mean([run.perplexity for run in runs.get(reference, [])])
     there = {name: fair.complete(sweep, model, name) for name in names}
     rows = []
     for name in names:
         total = lookup(runs[name][0].config, "trainer.steps") if runs[name] else None
-        first = None if target is None or math.isinf(target) else _first(runs[name], target)
+        # The reference's final mean over the seeds that are there of both: seeds differ more than methods.
+        seeds = {run.seed for run in runs[name]} & {run.seed for run in runs.get(reference, [])}
+        target = mean([run.perplexity for run in runs.get(reference, []) if run.seed in seeds])
+        common = [run for run in runs[name] if run.seed in seeds]
+        first = None if target is None or math.isinf(target) else _first(common, target)
         settled = there[name] and there.get(reference, False)
         asked = len(fair.asked(sweep, model, name))
         pair = paired(_by_seed(runs.get(reference, [])), _by_seed(runs[name])) if name != reference else None

@@ -162,8 +162,8 @@ def _memory(fair: Fair) -> Figure:
                     markeredgecolor="black", markeredgewidth=0.5, elinewidth=1,
                 )  # fmt: skip
                 shown.append(name)
-            values = [y for _, _, y, _ in points]
-            perplexity_axis(axes, min(values) / 1.04, max(values) * 1.04)
+            ends = [y + sign * (spread or 0) for _, _, y, spread in points for sign in (-1, 1)]
+            perplexity_axis(axes, min(ends) / 1.04, max(ends) * 1.04)
             axes.set_xlim(0, max(x for _, x, _, _ in points) * 1.08)
             axes.set_xlabel("optimizer states, MiB")
         parts[0][1].set_ylabel("final perplexity")

@@ -119,11 +119,11 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
 
 
-def even_ticks(axis: Any, low: float, high: float) -> None:
-    """At most nine round numbers at equal differences: for an axis over less than a decade, logarithmic or not."""
+def even_ticks(axis: Any, low: float, high: float, most: int = 9) -> None:
+    """At most so many round numbers at equal differences: for an axis over less than a decade, logarithmic or not."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ticks = MaxNLocator(most - 1, steps=[1, 2, 5, 10]).tick_values(low, high)
     axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:.4g}")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from .. import units
 from ..statistics import Verdict, in_general
-from .gains import batch_runs, gain, gains, grown, settled
-from .records import OWED, REFERENCE, Fair, Row, lowest, methods, owed
+from .gains import batch_runs, gain, gains, grown, owed, settled
+from .records import OWED, REFERENCE, Fair, Row, lowest, methods
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
 NO_CLAIM, NOT_TESTED = "no difference claimed", "not tested"

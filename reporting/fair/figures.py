@@ -81,7 +81,7 @@ def _curves(fair: Fair) -> Figure:
                     label=text,
                 )  # fmt: skip
             perplexity_axis(axes, low / 1.03, high * _ABOVE)
-            even_ticks(axes.xaxis, start, steps[-1])
+            even_ticks(axes.xaxis, start, steps[-1], most=6)
             axes.set_xlim(start, 1.02 * steps[-1])
             axes.set_xlabel("steps")
             axes.legend(title="final, best first", loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=3.2)

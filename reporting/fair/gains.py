@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..records import Run
-from .records import REFERENCE, Fair, lowest
+from .records import OWED, REFERENCE, Asked, Fair, lowest
 
 CONTROLLED = ("adam", "muon", "racs", "alice")  # methods of the control and of the batch sizes
 ADAM_RATE = 0.001  # of the paper's Adam, for all its parameters
@@ -118,3 +118,28 @@ def batch_runs(fair: Fair, model: str, method: str, tokens: str) -> tuple[list[R
     names = [name for name in fair.names("fair_batch") if name.startswith(f"{method}_{tokens}")]
     runs = [run for name in names for run in fair.runs("fair_batch", model, name)]
     return runs, sum(len(fair.asked("fair_batch", model, name)) for name in names)
+
+
+def untuned_changes(fair: Fair, model: str) -> list[tuple[Asked, Run | None, Run | None, float | None]]:
+    """Variants of fair_adam: the method's best run of stage 1, the variant's, and its loss less the best run's."""
+    found = []
+    for asked in fair.asked("fair_adam", model):
+        before, run = fair.grid(model, asked.optimizer).best, fair.ended.get(asked.folder)
+        found.append((asked, before, run, gain(run, before)))
+    return found
+
+
+def owed(fair: Fair) -> list[tuple[str, str]]:
+    """Model and name of the variants that have gained so much that the rules ask for a grid of theirs."""
+    changes = [(model, each) for model in fair.models for each in untuned_changes(fair, model)]
+    return [(model, asked.name) for model, (asked, _, _, change) in changes if change is not None and change < -OWED]
+
+
+def by_length(fair: Fair, model: str, method: str) -> dict[int, Run]:
+    """One run for each number of steps at 2k tokens a step, at the method's best pair of stage 1."""
+    best = fair.grid(model, method).best
+    if best is None:
+        return {}
+    sweeps = (("fair_batch", f"{method}_2k"), ("fair_best", method), ("fair_long", method))
+    runs = [best, *(run for sweep, name in sweeps for run in fair.runs(sweep, model, name)[:1])]
+    return {int(run.setting("trainer.steps", 0)): run for run in runs}

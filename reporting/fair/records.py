@@ -394,36 +394,6 @@ def missed(fair: Fair) -> float:
     return max(found)
 
 
-# What was not tuned, other lengths ----------------------------------------------------------------------------------------
-
-
-def untuned_changes(fair: Fair, model: str) -> list[tuple[Asked, Run | None, Run | None, float | None]]:
-    """Variants of fair_adam: the method's best run of stage 1, the variant's, and its loss less the best run's."""
-    found = []
-    for asked in fair.asked("fair_adam", model):
-        before, run = fair.grid(model, asked.optimizer).best, fair.ended.get(asked.folder)
-        both = before is not None and run is not None and math.isfinite(run.perplexity)
-        change = math.log(run.perplexity / before.perplexity) if both and before and run else None
-        found.append((asked, before, run, change))
-    return found
-
-
-def owed(fair: Fair) -> list[tuple[str, str]]:
-    """Model and name of the variants that have gained so much that the rules ask for a grid of theirs."""
-    changes = [(model, each) for model in fair.models for each in untuned_changes(fair, model)]
-    return [(model, asked.name) for model, (asked, _, _, change) in changes if change is not None and change < -OWED]
-
-
-def by_length(fair: Fair, model: str, method: str) -> dict[int, tuple[Run, int]]:
-    """One run and its seed for each number of steps at 2k tokens a step, at the method's best pair of stage 1."""
-    best = fair.grid(model, method).best
-    if best is None:
-        return {}
-    sweeps = (("fair_batch", f"{method}_2k"), ("fair_best", method), ("fair_long", method))
-    runs = [best, *(run for sweep, name in sweeps for run in fair.runs(sweep, model, name)[:1])]
-    return {int(run.setting("trainer.steps", 0)): (run, run.seed or 0) for run in runs}
-
-
 # Steps of the paper's ablations, repetitions ----------------------------------------------------------------
 
 

@@ -15,7 +15,20 @@ from ..summary import ranking
 from ..text import NOT_RUN, markdown
 from .answer import name_of
 from .circumstances import commit_of
-from .gains import ADAM_RATE, CANDIDATE_RATE, CONTROLLED, at_end, batch_runs, best_at, gain, gains, settled, tried
+from .gains import (
+    ADAM_RATE,
+    CANDIDATE_RATE,
+    CONTROLLED,
+    at_end,
+    batch_runs,
+    best_at,
+    by_length,
+    gain,
+    gains,
+    settled,
+    tried,
+    untuned_changes,
+)
 from .records import (
     OWED,
     PLAIN,
@@ -25,14 +38,12 @@ from .records import (
     Row,
     ablations,
     against_plain,
-    by_length,
     lowest,
     methods,
     out_of_domain,
     repeats,
     step_test,
     unseen,
-    untuned_changes,
 )
 
 BATCHES = ("2k", "16k", "64k")  # tokens a step
@@ -351,9 +362,9 @@ def lengths(fair: Fair) -> str:
                 continue
             row = [f"`{model}`", name_of(name)]
             for each in steps:
-                (adam, seed), (ours, _) = (by_method[which].get(each, (None, None)) for which in (REFERENCE, name))
+                adam, ours = (by_method[which].get(each) for which in (REFERENCE, name))
                 value = gain(adam, ours)
-                row.append("–" if value is None else f"{value:+.3f} (seed {seed})")
+                row.append("–" if value is None or ours is None else f"{value:+.3f} (seed {ours.seed})")
             rows.append(row)
     return markdown(["model", "method", *(f"{each:,} steps" for each in steps)], rows, left=2) if rows else ""
 

@@ -18,7 +18,7 @@ from reporting.fair.answer import answer
 from reporting.fair.axes import unfinished
 from reporting.fair.circumstances import made, progress
 from reporting.fair.figures import available, draw
-from reporting.fair.gains import at_end, batch_runs, best_at, gains, settled
+from reporting.fair.gains import at_end, batch_runs, best_at, gains, owed, settled
 from reporting.fair.page import page, summary, write
 from reporting.fair.records import (
     Fair,
@@ -29,7 +29,6 @@ from reporting.fair.records import (
     load_fair,
     methods,
     missed,
-    owed,
     repeats,
     wall_clock,
 )

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (base / f"c4/c4-train.{shard:05d}-of-00002.json.gz").write_bytes(gz(content))
     (base / "c4/c4-validation.00000-of-00001.json.gz").write_bytes(gz(record("held out")))
     words = ["data=c4_local", f"data.path={base / 'c4'}", "tokenizer=sample_1k", "model=llama_tiny"]
-    prepare_data.prepare(
+    prepare_data.run(
         argparse.Namespace(to=base / "p", max_tokens="all", steps=None, batch_size=4, jobs=1, overrides=words)
     )
     return base / "p"

@@ -25,7 +25,16 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import data.prepared
-from data import Source, Tokenizer, TrainingBatches, UserError, load_tokenizer, open_source, validation_rows
+from data import (
+    Source,
+    Tokenizer,
+    TrainingBatches,
+    UserError,
+    load_tokenizer,
+    open_source,
+    preparation,
+    validation_rows,
+)
 from data.prepared import digest
 from pretraining.config import compose
 from scripts import prepare_data as script
@@ -46,7 +55,7 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
         cfg = OmegaConf.create({"tokenizer": tokenizer, "data": {**config, **protocol}})
         monkeypatch.setattr(script, "compose", lambda words: cfg)  # Hydra's takes most of the time
         asked = {"to": tmp_path / to, "max_tokens": "all", "steps": None, "batch_size": 7, "jobs": 1, "overrides": []}
-        script.prepare(argparse.Namespace(**{**asked, **options}))
+        script.run(argparse.Namespace(**{**asked, **options}))
         return tmp_path / to
 
     return run
@@ -123,7 +132,7 @@ def test_a_run_goes_on_with_the_other_kind_of_data(
 def test_the_validation_rows_are_those_of_the_source(
     tmp_path: Path, tokenizer: Tokenizer, prepare: Prepare, rows: str, budget: int | None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(script, "AHEAD", 64)
+    monkeypatch.setattr(preparation, "AHEAD", 64)
     write_shard(tmp_path / "c4-train.00000-of-00001.json.gz", ["train"])
     for shard in range(3):
         texts = [f"held out {i}" + " and more" * (i % 40) for i in range(100)]
@@ -257,7 +266,7 @@ def test_a_vocabulary_beyond_16_bits(corpus: Corpus, prepare: Prepare, monkeypat
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Ten shards of about 40 documents; the command keeps little more than it needs."""
-    monkeypatch.setattr(script, "AHEAD", 64)
+    monkeypatch.setattr(preparation, "AHEAD", 64)
     for shard in range(10):
         texts = [f"document {shard} {i}" + " and so on" * (i % 5) for i in range(38 + shard % 4)]
         write_shard(tmp_path / f"c4-train.{shard:05d}-of-00010.json.gz", texts)
@@ -297,7 +306,7 @@ def test_more_steps_than_an_epoch_need_everything(large: dict[str, Any], prepare
 
 
 def test_a_shard_that_is_not_needed_may_be_damaged(large: dict[str, Any], prepare: Prepare) -> None:
-    order = script.shard_order(10, 42, 0)
+    order = preparation.shard_order(10, 42, 0)
     bad = Path(large["path"]) / f"c4-train.{order[6]:05d}-of-00010.json.gz"
     bad.write_bytes(b"no gzip")
     folder = prepare(large, steps=4)
@@ -590,7 +599,7 @@ def test_ctrl_c_says_how_to_go_on(corpus: Corpus, prepare: Prepare, monkeypatch:
     good = contents(folder)
     shutil.rmtree(folder)
     calls: list[Any] = []
-    write = script.write_shard
+    write = preparation.write_shard
 
     def interrupted(*args: Any) -> dict[str, Any]:
         calls.append(args)
@@ -598,7 +607,7 @@ def test_ctrl_c_says_how_to_go_on(corpus: Corpus, prepare: Prepare, monkeypatch:
             raise KeyboardInterrupt
         return write(*args)
 
-    monkeypatch.setattr(script, "write_shard", interrupted)
+    monkeypatch.setattr(preparation, "write_shard", interrupted)
     words = ["--to", str(folder), "--max-tokens", "all", "--batch-size", "7", "--jobs", "1"]
     assert script.main(words) == 130
     assert f"python scripts/prepare_data.py {' '.join(words)}" in capsys.readouterr().err

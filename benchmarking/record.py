@@ -56,8 +56,8 @@ def command(words: Sequence[str], script: str = "scripts/benchmark.py", places: 
     return shlex.join(["python", script, *kept])
 
 
-def refuse_to_lose(out: Path, names: Iterable[str], lines: str = "contestants") -> None:
-    """Raise UserError if ``out`` is no such record, or holds figures of contestants that are not in ``names``.
+def refuse_to_lose(out: Path, names: Iterable[str], lines: str = "contestants", key: str = "name") -> None:
+    """Raise UserError if ``out`` is no such record, or its ``lines`` hold figures of some that are not in ``names``.
 
     Figures of two sessions are never mixed, so a shorter session must not replace a longer one unasked.
     """
@@ -67,25 +67,27 @@ def refuse_to_lose(out: Path, names: Iterable[str], lines: str = "contestants") 
         return
     try:
         found = json.loads(out.read_text(encoding="utf-8"))[lines]
-        there = {line["name"] for line in found if not line.get("error")}
+        there = {line[key] for line in found if not line.get("error")}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{out} is not a record of this benchmark: choose another --out.") from None
     lost = sorted(there - set(names))
     if lost:
         some = ", ".join(lost[:3]) + (", ..." if lost[3:] else "")
         raise UserError(
-            f"{out} holds {len(lost)} contestants that would not be measured now ({some}): choose another --out, or "
+            f"{out} holds {len(lost)} {lines} that would not be measured now ({some}): choose another --out, or "
             "remove that file."
         )
 
 
-def write(record: dict[str, Any], out: Path, lines: str = "contestants") -> None:
-    """Write ``record`` so that a crash leaves the old file or the new one; ``record[lines]`` item by item, a line each."""
+def write(record: dict[str, Any], out: Path, lines: Sequence[str] = ("contestants",)) -> None:
+    """Write ``record`` so that a crash leaves the old file or the new one; the lists ``lines``, item by item, a line each."""
     record = rounded(record)
-    items = ",\n  ".join(json.dumps(line) for line in record[lines])
-    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != lines]
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key not in lines]
+    for name in lines:
+        items = ",\n  ".join(json.dumps(item) for item in record[name])
+        parts.append(f"{json.dumps(name)}: [\n  {items}\n ]")
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, "{\n " + ",\n ".join([*parts, f'"{lines}": [\n  {items}\n ]']) + "\n}\n")
+    replace_text(out, "{\n " + ",\n ".join(parts) + "\n}\n")
 
 
 def rounded(value: Any) -> Any:

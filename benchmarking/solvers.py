@@ -112,7 +112,7 @@ def run(asked: argparse.Namespace) -> int:
         old["lines"].sort(key=lambda line: size(line["shape"]))
         print(f"{shape}: {about['seconds']:.0f} s", file=sys.stderr, flush=True)
         record = {"format": FORMAT, "kind": "solvers", "settings": settings, "environment": machine, **old}
-        records.write(record, out, "lines")
+        records.write(record, out, ("lines",))
     for title, table in solver_tables(records.rounded(record)).items():
         print(f"\n{title}\n{aligned(table)}")
     print(f"\n{out}")

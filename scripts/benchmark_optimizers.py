@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,13 @@ import torch  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarking.record import refuse_to_lose, write  # noqa: E402
 from data.errors import UserError  # noqa: E402
 from optimizers import partition  # noqa: E402
 from optimizers.base import is_update_time  # noqa: E402
 from pretraining.config import choices, compose, validate  # noqa: E402
 from pretraining.plan import Plan, make_plan  # noqa: E402
-from pretraining.record import environment, replace_text  # noqa: E402
+from pretraining.record import environment  # noqa: E402
 from pretraining.trainer import Trainer  # noqa: E402
 from reporting.survey import SPEED_FORMAT  # noqa: E402
 
@@ -230,37 +230,6 @@ def report(began: float, number: int, name: str, times: Times) -> None:
     )
 
 
-def refuse_to_lose(out: Path, names: Iterable[str]) -> None:
-    """Raise UserError if ``out`` holds methods that are not measured now: figures of two sessions are not mixed."""
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: give --out the name of a file, such as {out / 'speed.json'}.")
-    if not out.is_file():
-        return
-    try:
-        there = {line["optimizer"] for line in json.loads(out.read_text(encoding="utf-8"))["methods"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{out} is not a record of this script: choose another --out.") from None
-    lost = sorted(there - set(names))
-    if lost:
-        some = ", ".join(lost[:3]) + (", ..." if lost[3:] else "")
-        raise UserError(
-            f"{out} holds {len(lost)} methods that would not be measured now ({some}): choose another --out, or remove "
-            "that file."
-        )
-
-
-def write(record: dict[str, Any], out: Path) -> None:
-    """One line for each method, so that differences can be read."""
-    lines = ",\n  ".join(json.dumps({key: rounded(value) for key, value in line.items()}) for line in record["methods"])
-    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "methods"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, "{\n " + ",\n ".join([*parts, f'"methods": [\n  {lines}\n ]']) + "\n}\n")
-
-
-def rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name.strip() for name in asked.only.split(",") if name.strip()]
     names = list(dict.fromkeys(names)) or [name for name in choices("optimizer") if name != "any"]
     try:
-        refuse_to_lose(asked.out, names)
+        refuse_to_lose(asked.out, names, "methods", "optimizer")
         record = measure(names, asked.steps, asked.warmup, asked.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -286,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nInterrupted: nothing was written.", file=sys.stderr)
         return 130
     record["environment"]["command"] = shlex.join(["python", "scripts/benchmark_optimizers.py", *words])
-    write(record, asked.out)
+    write(record, asked.out, ("methods",))
     print(f"{len(names)} methods in {record['settings']['seconds']} s: {asked.out}")
     return 0
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "fisher": {"optimizers"},
     "pretraining": {"optimizers", "data"},
     "reporting": {"optimizers.memory"},
-    "benchmarking": {"optimizers", "data", "pretraining", "reporting", "sweeps.local"},
+    "benchmarking": {"optimizers", "fisher", "data", "pretraining", "reporting", "sweeps.local"},
     "sweeps": {"reporting", "pretraining.lock", "data.errors"},  # a run that others work on is left to them
 }
 # Costly or optional packages: imported inside the function that needs them, if at all.

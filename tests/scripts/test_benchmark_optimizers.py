@@ -128,7 +128,7 @@ def test_another_file_or_folder_is_not_overwritten(tmp_path, capsys):
     out = tmp_path / "speed.json"
     out.write_text(json.dumps({"mine": 1}))
     assert script.main(["--only", "sgd", "--out", str(out)]) == 2
-    assert "not a record of this script" in capsys.readouterr().err
+    assert "not a record of this benchmark" in capsys.readouterr().err
     assert json.loads(out.read_text()) == {"mine": 1}
     assert script.main(["--only", "sgd", "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 import fisher
+from benchmarking import record as records
+from benchmarking import structures as measuring
+from pretraining.config import compose
+from reporting import structures
 from scripts import fisher_report as script
 
 TINY = [
@@ -24,9 +28,9 @@ def synthetic_record():
     errors = [
         {"step": 4, "kind": kind, "block": 0, "layer": layer, "shape": [8, 16], "structure": r.name}
         | {"captured": round(0.5 - 0.01 * i, 2), "rescaled": 0.6, "held_out": 0.1, "elements": 7}
-        for kind in script.KINDS
+        for kind in structures.KINDS
         for layer in ("q", "up")
-        for i, r in enumerate(script.ROWS)
+        for i, r in enumerate(measuring.ROWS)
     ]
     for line in errors:
         if line["structure"] == "Diagonal":
@@ -48,7 +52,7 @@ def synthetic_record():
     settings |= {"leading": 2, "overrides": [], "seconds": 1}
     env = {"hardware": {"cpu": "made up"}, "command": "fisher_report.py --steps 4", "versions": {"torch": "0"}}
     return {
-        "format": script.RECORD_FORMAT,
+        "format": structures.RECORD_FORMAT,
         "settings": settings,
         "environment": env | {"commit": "abc"},
         "errors": errors,
@@ -58,7 +62,7 @@ def synthetic_record():
 
 @pytest.fixture
 def folder(tmp_path):
-    script.write_record(synthetic_record(), tmp_path / "records.json")
+    records.write(synthetic_record(), tmp_path / "records.json", ("errors", "timings"))
     return tmp_path
 
 
@@ -69,11 +73,11 @@ def cells(text, first):
 
 
 def test_the_record_survives_writing(folder):
-    assert script.read_record(folder / "records.json") == synthetic_record()
+    assert structures.read_record(folder / "records.json") == synthetic_record()
 
 
 def test_tables_and_figure_come_from_the_record_alone(folder, monkeypatch, capsys):
-    monkeypatch.setattr(script, "measure", lambda asked: pytest.fail("measured"))
+    monkeypatch.setattr(script, "measure", lambda *asked: pytest.fail("measured"))
     assert script.main(["--from-records", "--out", str(folder)]) == 0
     text = (folder / "README.md").read_text()
     adam = cells(text, "Diag(v)")
@@ -88,6 +92,12 @@ def test_tables_and_figure_come_from_the_record_alone(folder, monkeypatch, capsy
     for fact in ("N = 2 gradients", "Seed: 42", "python scripts/fisher_report.py --steps 4", "Commit: abc"):
         assert fact in text
     assert (folder / "fisher.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_headline_where_eigen_adam_is_never_worse():
+    record = synthetic_record()
+    record["errors"] = [line | {"captured": 0.5} for line in record["errors"]]
+    assert "in 2 cases with sequences and 2 cases with batches was never worse" in structures.headline(record)
 
 
 @pytest.mark.parametrize(
@@ -113,26 +123,26 @@ def test_records_of_another_version_are_refused(folder, capsys):
 
 
 def test_a_measurement(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "SECONDS_PER_TIMING", 0.0)
+    monkeypatch.setattr(measuring, "SECONDS_PER_TIMING", 0.0)
     words = ["--steps", "6", "--samples", "2", "--moments", "2", "--out", str(tmp_path), *TINY]
     assert script.main(words) == 0
-    record = script.read_record(tmp_path / "records.json")
+    record = structures.read_record(tmp_path / "records.json")
     assert record["settings"]["moments"] == [4, 6]
     assert record["settings"]["blocks"] == [0, 2]
-    cases = len(script.TYPES) * 2 * 2 * len(script.KINDS)
-    assert len(record["errors"]) == cases * len(script.ROWS)
+    cases = len(structures.TYPES) * 2 * 2 * len(structures.KINDS)
+    assert len(record["errors"]) == cases * len(measuring.ROWS)
     assert {tuple(line["shape"]) for line in record["errors"]} == {(32, 32), (32, 48)}  # tall matrices are turned
     states = {(line["optimizer"], line["layer"]): line["state"] for line in record["timings"]}
-    assert set(states) == {(r.optimizer, layer) for r in script.ROWS if r.optimizer for layer in script.TYPES}
+    assert set(states) == {(r.optimizer, layer) for r in measuring.ROWS if r.optimizer for layer in structures.TYPES}
     assert states["adam", "gate"] == 2 * 32 * 48
     assert states["racs", "gate"] == 32 + 48 + 1
     assert states["soap", "q"] == 2 * 32 * 32 + 4 * 32 * 32
     assert (states["sgd", "q"], states["whitening", "q"]) == (32 * 32, 0)  # SGD with its momentum
     # Exact minimisers keep the order of generality, also on real gradients; so does SOAP in Shampoo's basis.
-    for kind in script.KINDS:
+    for kind in structures.KINDS:
         for pair in (("TwoSidedScaling", "Diagonal"), ("Whitening", "EigenAdam"), ("Shampoo", "SOAP")):
-            assert script.worse(record, *pair, kind, "captured") == (0, cases // 2)
-        errors = [x for values in script.errors(record, "rescaled", kind=kind).values() for x in values]
+            assert structures.worse(record, *pair, kind, "captured") == (0, cases // 2)
+        errors = [x for values in structures.errors(record, "rescaled", kind=kind).values() for x in values]
         assert 0 < min(errors) < max(errors) < 1
     text = (tmp_path / "README.md").read_text()
     assert "nan" not in text
@@ -140,19 +150,19 @@ def test_a_measurement(tmp_path, monkeypatch):
 
 
 def test_gradients_of_sequences_average_to_the_batch_gradient():
-    cfg = script.compose(["experiment=quickstart", "trainer.precision=fp32", *TINY, "trainer.batch_size=4"])
-    training = script.Training(cfg, [0], window=1)
+    cfg = compose(["experiment=quickstart", "trainer.precision=fp32", *TINY, "trainer.batch_size=4"])
+    training = measuring.Training(cfg, [0], window=1)
     G = training.sequence_gradients(4)
     with training.rows(cfg.data.seed + 1) as batches:  # packed rows: all have the same number of targets
         batch = next(batches)
     training.backward(batch["input_ids"], batch["labels"])
     for key, p in training.matrices.items():
-        torch.testing.assert_close(G[key].mean(0), script.oriented(p.grad), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(G[key].mean(0), measuring.oriented(p.grad), rtol=1e-4, atol=1e-6)
 
 
 def test_the_switched_basis_has_alices_leading_part():
     G = torch.randn(3, 8, 10, generator=torch.Generator().manual_seed(0))
-    structure = script.switched(G, 4, 2)
+    structure = measuring.switched(G, 4, 2)
     leading = fisher.GaLore.fit(G, 4)
     U = structure.low_rank.U_L
     torch.testing.assert_close(U[:, :2], leading.U_L[:, :2])

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from benchmarking import gpu_suite
+from data.errors import UserError
 from pretraining.config import compose, validate
 from pretraining.record import read_json, write_json
 from scripts import benchmark
@@ -18,13 +20,13 @@ FACTS = '{"hardware": {"device": "stub", "cpu": "stub", "cores": 1}, "versions":
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "MACHINE", f"print('''{FACTS}''')")
-    return script.Suite(
+    monkeypatch.setattr(gpu_suite, "MACHINE", f"print('''{FACTS}''')")
+    return gpu_suite.Suite(
         out=tmp_path / "out",
         work=tmp_path / "work",
         device="cpu",
         tiny=True,
-        stages=script.STAGES,
+        stages=gpu_suite.STAGES,
         adam_rates=("0.001",),
         methods=("racs",),
         data=None,
@@ -35,11 +37,11 @@ def suite(tmp_path, monkeypatch):
 
 
 def stub(name, code, minutes=0.1, run=None):
-    return script.Job(f"tests/{name}", (sys.executable, "-c", code), minutes, run)
+    return gpu_suite.Job(f"tests/{name}", (sys.executable, "-c", code), minutes, run)
 
 
 def give(monkeypatch, *jobs):
-    monkeypatch.setattr(script, "jobs", lambda suite: iter(jobs))
+    monkeypatch.setattr(gpu_suite, "jobs", lambda suite: iter(jobs))
 
 
 def summary(suite):
@@ -49,7 +51,7 @@ def summary(suite):
 def test_a_job_that_fails_stops_no_other_and_its_last_lines_are_kept(suite, monkeypatch):
     talk = "for i in range(50): print('line', i)\nraise SystemExit(4)"
     give(monkeypatch, stub("bad", talk), stub("good", "print('fine')"))
-    assert not script.work(suite)
+    assert not gpu_suite.work(suite)
     bad, good = (read_json(suite.out / "jobs" / f"tests-{name}.json") for name in ("bad", "good"))
     assert (bad["state"], bad["exit_code"], good["state"]) == ("failed", 4, "done")
     assert bad["end_of_output"] == [f"line {i}" for i in range(20, 50)]
@@ -64,12 +66,12 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(suite, monkeypatch, t
     )
     files = [tmp_path / name for name in ("done", "failed")]
     jobs = [
-        script.Job("tests/done", (sys.executable, "-c", count, str(files[0])), 0.1),
-        script.Job("tests/failed", (sys.executable, "-c", count + "; sys.exit(1)", str(files[1])), 0.1),
+        gpu_suite.Job("tests/done", (sys.executable, "-c", count, str(files[0])), 0.1),
+        gpu_suite.Job("tests/failed", (sys.executable, "-c", count + "; sys.exit(1)", str(files[1])), 0.1),
     ]
     give(monkeypatch, *jobs)
-    script.work(suite)
-    script.work(suite)
+    gpu_suite.work(suite)
+    gpu_suite.work(suite)
     assert [file.read_text() for file in files] == ["x", "xx"]
 
 
@@ -92,7 +94,7 @@ def test_a_job_that_is_too_slow_loses_its_whole_process_group(suite, monkeypatch
         f"open({str(file)!r}, 'w').write(str(p.pid)); time.sleep(60)"
     )
     give(monkeypatch, stub("slow", parent, minutes=1.5 / 240), stub("next", "print()"))
-    assert not script.work(suite)
+    assert not gpu_suite.work(suite)
     assert read_json(suite.out / "jobs" / "tests-slow.json")["state"] == "failed"
     assert "tests/slow failed (too slow)" in summary(suite)
     assert read_json(suite.out / "jobs" / "tests-next.json")["state"] == "done"
@@ -102,7 +104,7 @@ def test_a_job_that_is_too_slow_loses_its_whole_process_group(suite, monkeypatch
 def test_without_time_nothing_is_begun_and_the_summary_says_so(suite, monkeypatch):
     suite.deadline = time.monotonic() + 1
     give(monkeypatch, stub("late", "print()", minutes=5))
-    assert script.work(suite)
+    assert gpu_suite.work(suite)
     assert not (suite.out / "jobs" / "tests-late.json").exists()
     assert "| tests/late | not run |" in summary(suite)
 
@@ -125,11 +127,11 @@ if not again:
 
 def test_a_training_may_save_at_the_end_of_the_time_and_goes_on_later(suite, monkeypatch):
     folder = suite.work / "runs" / "adam"
-    job = script.Job("comparison/adam", (sys.executable, "-c", TRAINING, str(folder)), 0.01, folder)
+    job = gpu_suite.Job("comparison/adam", (sys.executable, "-c", TRAINING, str(folder)), 0.01, folder)
     give(monkeypatch, job)
-    monkeypatch.setattr(script, "comparison_table", lambda suite: [])  # a stub leaves no figures
+    monkeypatch.setattr(gpu_suite, "comparison_table", lambda suite: [])  # a stub leaves no figures
     suite.deadline = time.monotonic() + 8.5  # some seconds, and five in which it may save
-    assert script.work(suite)
+    assert gpu_suite.work(suite)
     stopped = suite.state(job)
     assert stopped["state"] == "stopped" and (folder / "saved").exists()
     kept = suite.out / "runs" / "adam"
@@ -137,7 +139,7 @@ def test_a_training_may_save_at_the_end_of_the_time_and_goes_on_later(suite, mon
     assert str(suite.work) not in (kept / "config.yaml").read_text()
 
     suite.deadline = time.monotonic() + 600
-    assert script.work(suite)
+    assert gpu_suite.work(suite)
     done = suite.state(job)
     assert done["state"] == "done" and done["seconds"] >= stopped["seconds"] > 0  # of both parts; the second is short
     assert not (folder / "checkpoints").exists()
@@ -149,10 +151,10 @@ def test_a_training_that_diverges_is_over(suite, monkeypatch):
         "import pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(parents=True); (f / 'config.yaml').write_text('a: 1');"
         "print('error: the loss is not finite at step 7'); sys.exit(3)"
     )
-    job = script.Job("comparison/adam", (sys.executable, "-c", code, str(folder)), 0.01, folder)
+    job = gpu_suite.Job("comparison/adam", (sys.executable, "-c", code, str(folder)), 0.01, folder)
     give(monkeypatch, job)
-    monkeypatch.setattr(script, "comparison_table", lambda suite: [])
-    assert script.work(suite) and script.work(suite)  # the second finds it done: the folder cannot be made twice
+    monkeypatch.setattr(gpu_suite, "comparison_table", lambda suite: [])
+    assert gpu_suite.work(suite) and gpu_suite.work(suite)  # the second finds it done: the folder cannot be made twice
     assert suite.state(job)["state"] == "diverged"
     assert read_json(suite.out / "runs" / "adam" / "diverged.json")["step"] == 7
 
@@ -166,35 +168,35 @@ def measured(suite, *speeds):
     lines += [{"loop": "transformers", "settings": [], "tokens_per_second": 1.0}]
     suite.out.mkdir(parents=True, exist_ok=True)
     model = "llama_tiny" if suite.tiny else "llama_60m"
-    write_json(script.training_record(suite, model), {"contestants": lines})
+    write_json(gpu_suite.training_record(suite, model), {"contestants": lines})
 
 
 def test_the_steps_come_from_the_slowest_method_measured_and_stay(suite):
     suite.tiny = False
     suite.deadline = time.monotonic() + 3600
     measured(suite, 2e6, 1e6, None)
-    settled = script.settle(suite, 4)
-    expected = script.SAFETY * 3600 / 4 * 1e6 / (512 * 256)
+    settled = gpu_suite.settle(suite, 4)
+    expected = gpu_suite.SAFETY * 3600 / 4 * 1e6 / (512 * 256)
     assert settled["steps"] == pytest.approx(expected, rel=1e-3) and settled["measured"]
     suite.deadline = time.monotonic() + 60
-    assert script.settle(suite, 4) == settled  # begun, it is what all its runs are trained for
-    with pytest.raises(script.UserError, match="another --out"):
-        script.work(suite)  # of two runs
+    assert gpu_suite.settle(suite, 4) == settled  # begun, it is what all its runs are trained for
+    with pytest.raises(UserError, match="another --out"):
+        gpu_suite.work(suite)  # of two runs
 
 
 def test_a_comparison_too_short_to_mean_anything_is_not_begun(suite):
     suite.tiny = False
     suite.deadline = time.monotonic() + 60
     measured(suite, 1e5)
-    assert script.settle(suite, 8) is None
-    assert list(script.comparison(suite)) == [] and not (suite.out / "comparison.json").exists()
+    assert gpu_suite.settle(suite, 8) is None
+    assert list(gpu_suite.comparison(suite)) == [] and not (suite.out / "comparison.json").exists()
 
 
 def test_the_steps_end_at_the_papers(suite):
     suite.tiny = False
     suite.deadline = time.monotonic() + 10**7
     measured(suite, 1e6)
-    assert script.settle(suite, 8)["steps"] == 10_000
+    assert gpu_suite.settle(suite, 8)["steps"] == 10_000
 
 
 # The plan -----------------------------------------------------------------------------------------------------------
@@ -204,11 +206,13 @@ def test_the_whole_plan_can_be_asked_for(suite, monkeypatch):
     """Every command of the suite is one that the scripts understand."""
     suite.tiny, suite.device, suite.dry = False, "cuda", True
     suite.deadline = time.monotonic() + 10**5
-    planned = list(script.jobs(suite))
-    assert [stage for stage in script.STAGES for job in planned if job.stage == stage] == [job.stage for job in planned]
+    planned = list(gpu_suite.jobs(suite))
+    assert [stage for stage in gpu_suite.STAGES for job in planned if job.stage == stage] == [
+        job.stage for job in planned
+    ]
     asked = []
     for job in planned:
-        assert job.command[0] == sys.executable and (script.ROOT / "scripts" / "benchmark.py").is_file()
+        assert job.command[0] == sys.executable and (gpu_suite.ROOT / "scripts" / "benchmark.py").is_file()
         if job.stage in ("optimizers", "training"):
             module = benchmark.module(job.command[2])
             monkeypatch.setattr(module, "run", lambda found: asked.append(found) or 0)
@@ -222,15 +226,15 @@ def test_the_whole_plan_can_be_asked_for(suite, monkeypatch):
 
 
 def test_every_switch_is_a_setting_of_the_trainer():
-    for setting in script.SWITCHES.values():
+    for setting in gpu_suite.SWITCHES.values():
         compose(["experiment=quickstart", setting])
 
 
 def test_data_are_prepared_or_a_mirror(suite, tmp_path):
     suite.data, suite.tokenizer = tmp_path, "spiece.model"
-    assert script.data_settings(suite, "llama_60m")[0] == "data=c4_local"
+    assert gpu_suite.data_settings(suite, "llama_60m")[0] == "data=c4_local"
     (tmp_path / "manifest.json").write_text("{}")
-    assert script.data_settings(suite, "llama_60m") == [
+    assert gpu_suite.data_settings(suite, "llama_60m") == [
         "data=prepared",
         f"data.path={tmp_path}",
         "tokenizer=spiece.model",
@@ -248,7 +252,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys):
 
 
 def test_without_the_device_nothing_is_begun(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "MACHINE", "raise ValueError('no such device')")
+    monkeypatch.setattr(gpu_suite, "MACHINE", "raise ValueError('no such device')")
     words = ["--minutes", "1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert script.main(words) == 1
     assert capsys.readouterr().err == "error: the device cuda cannot be used: no such device\n"

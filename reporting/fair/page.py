@@ -265,7 +265,9 @@ def _elsewhere(source: Source) -> str:
 def _repeat(source: Source) -> str:
     return source.part(
         "fair_repeat",
-        "Equal configuration and seed, run again: what repetition alone changes.",
+        "Equal configuration and seed, run again: what repetition alone changes. Between some commits the steps of the "
+        "code became faster and round differently; where commits and numbers differ, that is what such rounding grows to "
+        "within a run, and a smaller difference between two runs means nothing.",
         repeat(source.fair, source.out),
     )
 

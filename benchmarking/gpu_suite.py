@@ -460,7 +460,7 @@ def write_summary(suite: Suite, planned: Sequence[Job]) -> None:
             "",
             f"## Optimizer steps: {file.stem.removeprefix('optimizers_')}",
             "",
-            *optimizer_text(read_json(file)),
+            optimizer_table(read_json(file)),
         ]
     parts += comparison_table(suite)
     for name, found in states.items():
@@ -474,10 +474,6 @@ def write_summary(suite: Suite, planned: Sequence[Job]) -> None:
 def training_text(found: dict[str, Any]) -> list[str]:
     s = found["settings"]
     return [f"## Training: {s['model']}_{s['device']}_{s['precision']}", "", "```", table(found), "```"]
-
-
-def optimizer_text(found: dict[str, Any]) -> list[str]:
-    return [optimizer_table(found)]
 
 
 def comparison_table(suite: Suite) -> list[str]:

@@ -1,4 +1,4 @@
-"""The record of a benchmark: one JSON file, one line for each contestant, with hardware, versions and command."""
+"""The record of a measurement: one JSON file, one line for each contestant or case, with hardware, versions and command."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def refuse_to_lose(out: Path, names: Iterable[str], lines: str = "contestants", 
     Figures of two sessions are never mixed, so a shorter session must not replace a longer one unasked.
     """
     if out.is_dir():
-        raise UserError(f"{out} is a folder: give --out the name of a file, such as {out / 'benchmark.json'}.")
+        raise UserError(f"{out} is a folder: give --out the name of a file in it.")
     if not out.is_file():
         return
     try:
         found = json.loads(out.read_text(encoding="utf-8"))[lines]
         there = {line[key] for line in found if not line.get("error")}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out} is not a record of this benchmark: choose another --out.") from None
     lost = sorted(there - set(names))
     if lost:
@@ -79,11 +79,11 @@ def refuse_to_lose(out: Path, names: Iterable[str], lines: str = "contestants", 
         )
 
 
-def write(record: dict[str, Any], out: Path, lines: Sequence[str] = ("contestants",)) -> None:
-    """Write ``record`` so that a crash leaves the old file or the new one; the lists ``lines``, item by item, a line each."""
+def write(record: dict[str, Any], out: Path, lists: tuple[str, ...] = ("contestants",)) -> None:
+    """Write ``record`` so that a crash leaves the old file or the new one; its ``lists`` item by item, a line each."""
     record = rounded(record)
-    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key not in lines]
-    for name in lines:
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key not in lists]
+    for name in lists:
         items = ",\n  ".join(json.dumps(item) for item in record[name])
         parts.append(f"{json.dumps(name)}: [\n  {items}\n ]")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from pretraining.plan import choose_device, make_optimizer
 from pretraining.record import environment
 from pretraining.schedule import rate_factor, set_rates
 from pretraining.throughput import StepTimer
-from reporting.structures import RECORD_FORMAT, TYPES, Row
+from reporting.structures import KINDS, RECORD_FORMAT, TYPES, Row
 
 TOLERANCE = 1e-4  # of fixed points; the error is stationary there, so it is right to about the square
 SECONDS_PER_TIMING = 0.4
@@ -272,7 +272,7 @@ def measure(
     for step in training.run(looks):
         say(began, f"step {step}, loss {training.loss:.3f}")
         batches = training.batch_gradients()
-        for kind, gradients in (("sequences", training.sequence_gradients(window)), ("batches", batches)):
+        for kind, gradients in zip(KINDS, (training.sequence_gradients(window), batches), strict=True):
             for (block, layer), G in gradients.items():
                 where = {"step": step, "kind": kind, "block": block, "layer": layer, "shape": list(G.shape[1:])}
                 errors += [{**where, **line} for line in measure_errors(G, rank, leading)]

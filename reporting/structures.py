@@ -53,13 +53,15 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is of another format.
+        ValueError: it is damaged, or of another format.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no {path}: measure first, without --from-records.") from None
-    if record.get("format") != RECORD_FORMAT:
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: restore it, or measure again.") from error
+    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
         raise ValueError(f"{path} was written by another version: measure again.")
     return record
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not asked.from_records:
             found = measure(asked.overrides, asked.steps, asked.moments, asked.samples, asked.blocks)
-            write(found, asked.out / "records.json", lines=("errors", "timings"))
+            write(found, asked.out / "records.json", ("errors", "timings"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -627,16 +627,6 @@ def make_record(soaks: Sequence[Soak], seconds: float, settings: Mapping[str, An
     }
 
 
-def write(record: dict[str, Any], out: Path) -> None:
-    """One line for each kill, so that differences can be read."""
-    from pretraining.record import replace_text
-
-    each = ",\n  ".join(json.dumps(kill) for kill in record["each"])
-    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "each"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, "{\n " + ",\n ".join([*parts, f'"each": [\n  {each}\n ]']) + "\n}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--serve"]:
@@ -664,7 +654,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     record["environment"]["hardware"]["threads"] = 1
     record["environment"]["command"] = shlex.join(["python", "scripts/soak.py", *words])
-    write(record, asked.out)
+    from benchmarking.record import write
+
+    write(record, asked.out, ("each",))
     fell = ", ".join(f"{number} {phase}" for phase, number in record["fell"].items())
     print(f"{record['kills']} kills ({fell}) of {record['runs']} runs in {record['seconds']} s: {asked.out}")
     for problem in record["result"]["problems"]:

@@ -135,6 +135,7 @@ def test_the_rules_catch(room: str, source: str) -> None:
         ("reporting", "import matplotlib\nfrom optimizers.memory import bytes_of\nimport optimizers.memory"),
         ("data", "import datasets"),
         ("fisher", "from optimizers import linalg"),
+        ("benchmarking", "import fisher\nfrom pretraining.plan import make_plan\nfrom reporting import units"),
     ],
 )
 def test_the_rules_allow(room: str, source: str) -> None:

@@ -17,9 +17,9 @@ from .. import units
 from ..statistics import RULE
 from ..text import NOT_RUN
 from .answer import NEAR, answer, name_of
-from .circumstances import everything, made, progress
-from .gains import CANDIDATE_RATE
-from .records import FLAT, OWED, REFERENCE, Fair, methods, missed, wall_clock
+from .circumstances import commit_of, everything, made, progress
+from .gains import CANDIDATE_RATE, gain
+from .records import FLAT, OWED, REFERENCE, Fair, methods, missed, repeats, wall_clock
 from .tables import (
     CHOICES,
     PARTS,
@@ -263,13 +263,15 @@ def _elsewhere(source: Source) -> str:
 
 
 def _repeat(source: Source) -> str:
-    return source.part(
-        "fair_repeat",
-        "Equal configuration and seed, run again: what repetition alone changes. Between some commits the steps of the "
-        "code became faster and round differently; where commits and numbers differ, that is what such rounding grows to "
-        "within a run, and a smaller difference between two runs means nothing.",
-        repeat(source.fair, source.out),
-    )
+    fair = source.fair
+    pairs = [pair for model in fair.models for pair in repeats(fair, model)]
+    text = "Equal configuration and seed, run again: what repetition alone changes."
+    if any(gain(*pair) and commit_of(pair[0]) != commit_of(pair[1]) for pair in pairs):
+        text += (
+            " Where commits and numbers differ, the code of a step has become faster in between and rounds differently: "
+            "that is what rounding grows to within a run, and a smaller difference between two runs means nothing."
+        )
+    return source.part("fair_repeat", text, repeat(fair, source.out))
 
 
 def _untuned(source: Source) -> str:

@@ -450,6 +450,8 @@ def test_a_repetition_by_another_version_is_paired_and_says_so(fair, whole):
     fair = Fair(fair.plans, {**fair.ended, folder: newer})
     assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam", "alice"]
     assert f"and {'f' * 10})" in repeat(fair, whole).splitlines()[3]
+    assert "rounds differently" not in write(page(fair, whole, []))  # the same number
+    assert "rounds differently" in write(page(changed(fair, folder, perplexity=50.5), whole, []))
     other = replace(again, config={**again.config, "trainer": {**again.config["trainer"], "warmup_fraction": 0.5}})
     fair = Fair(fair.plans, {**fair.ended, folder: other})
     assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam"]

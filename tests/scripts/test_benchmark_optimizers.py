@@ -124,11 +124,12 @@ def test_mistakes_end_in_one_sentence_and_leave_no_file(tmp_path, capsys, words,
     assert not out.exists()
 
 
-def test_another_file_or_folder_is_not_overwritten(tmp_path, capsys):
+@pytest.mark.parametrize("content", [{"mine": 1}, {"methods": ["adam"]}, [1]])
+def test_another_file_or_folder_is_not_overwritten(content, tmp_path, capsys):
     out = tmp_path / "speed.json"
-    out.write_text(json.dumps({"mine": 1}))
+    out.write_text(json.dumps(content))
     assert script.main(["--only", "sgd", "--out", str(out)]) == 2
     assert "not a record of this benchmark" in capsys.readouterr().err
-    assert json.loads(out.read_text()) == {"mine": 1}
+    assert json.loads(out.read_text()) == content
     assert script.main(["--only", "sgd", "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err

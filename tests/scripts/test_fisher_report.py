@@ -122,6 +122,14 @@ def test_records_of_another_version_are_refused(folder, capsys):
     assert "measure again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_damaged_records_are_refused(text, folder, capsys):
+    (folder / "records.json").write_text(text)
+    assert script.main(["--from-records", "--out", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "records.json" in said and said.endswith("measure again.\n")
+
+
 def test_a_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "SECONDS_PER_TIMING", 0.0)
     words = ["--steps", "6", "--samples", "2", "--moments", "2", "--out", str(tmp_path), *TINY]

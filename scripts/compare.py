@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from reporting.difference import difference  # noqa: E402
 from reporting.difference_text import difference_text  # noqa: E402
 from reporting.sides import load_side  # noqa: E402
+from reporting.terminal import printing  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,4 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(printing(main))

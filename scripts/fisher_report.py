@@ -12,7 +12,6 @@ of the form key=value go to the configuration of train.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmarking.record import write  # noqa: E402
 from benchmarking.structures import ROWS, measure  # noqa: E402
 from data.errors import UserError  # noqa: E402
 from reporting import structures  # noqa: E402
+from reporting.terminal import printing  # noqa: E402
 
 OUT = ROOT / "results" / "fisher"
 
@@ -63,5 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    raise SystemExit(printing(main))

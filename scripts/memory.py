@@ -34,6 +34,7 @@ from reporting.paper.cost import METHODS as ROWS  # noqa: E402
 from reporting.paper.cost import MODELS, memory_of, printed_memory, shape_of, table3_cells  # noqa: E402
 from reporting.paper.numbers import SIZES as PAPER_SIZES  # noqa: E402
 from reporting.paper.numbers import load_paper  # noqa: E402
+from reporting.terminal import printing  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 
@@ -275,4 +276,4 @@ def write(path: Path, cells: Cells) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(printing(main))

@@ -31,6 +31,7 @@ from reporting import RECORD_FILES, load_run, units  # noqa: E402
 from reporting.paper.cells import CELLS, EXPERIMENTS, OPTIMIZERS, RECORDS, SIZES, Experiment  # noqa: E402
 from reporting.paper.numbers import TOKENS_PER_STEP, load_paper  # noqa: E402
 from reporting.paper.records import misfits  # noqa: E402
+from reporting.terminal import printing  # noqa: E402
 
 WHAT = ("table2", "table4", "table5", "figure5", "figure6")
 RUNS = Path("runs/paper")
@@ -354,4 +355,4 @@ def _terminate(number: int, _: Any) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
-    raise SystemExit(main())
+    raise SystemExit(printing(main))

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from reporting import load_run, units, write_page  # noqa: E402
+from reporting.terminal import printing  # noqa: E402
 from sweeps import Plan, SearchSweep, Sweep, load_plan  # noqa: E402
 from sweeps.cluster import EXECUTORS, Cluster, read_options  # noqa: E402
 from sweeps.recipe import write_recipe  # noqa: E402
@@ -250,4 +251,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: it goes on when the terminal is closed
         signal.signal(signal.SIGHUP, _stop)
-    raise SystemExit(main())
+    raise SystemExit(printing(main))

@@ -3,6 +3,8 @@
 import gc
 import json
 import shlex
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -238,6 +240,16 @@ def test_what_fits_only_layer_by_layer_can_be_run_so(capsys, name: str) -> None:
     make_plan(cfg)
     t = cfg.trainer
     assert t.layerwise and t.batch_size == t.micro_batch_size == rows
+
+
+def test_a_pipe_that_is_closed_early_is_no_error() -> None:
+    """As in `python scripts/memory.py | head -1`."""
+    command = [sys.executable, "scripts/memory.py"]
+    with subprocess.Popen(command, cwd=CONFIGS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_cell_that_does_not_fit_says_so(capsys) -> None:

@@ -632,6 +632,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words == ["--serve"]:
         serve()
         return 0
+    from benchmarking.record import write  # after serve(): the fork server chooses what it imports
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of what is waited for before each kill")
@@ -654,8 +656,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     record["environment"]["hardware"]["threads"] = 1
     record["environment"]["command"] = shlex.join(["python", "scripts/soak.py", *words])
-    from benchmarking.record import write
-
     write(record, asked.out, ("each",))
     fell = ", ".join(f"{number} {phase}" for phase, number in record["fell"].items())
     print(f"{record['kills']} kills ({fell}) of {record['runs']} runs in {record['seconds']} s: {asked.out}")

@@ -7,6 +7,7 @@ random numbers live here, once.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from torch.optim.adam import adam as functional_adam
 from .factored import Factored
 from .linalg import MODERATE, bounded, column_energy, largest_entry, looks_are_free, matmul_rounding
 from .quantization import dequantize, new_codes, quantize
-from .sharding import Owners, is_sharded, local, parameter_names, shard, sharded_dim
+from .sharding import Owners, check_share, is_sharded, local, parameter_names, shard, sharded_dim
 
 # What a group with adam=True holds. Nothing of the matrix method's defaults leaks into it.
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
@@ -275,6 +276,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _names(self, group: dict[str, Any]) -> list[str]:
         return parameter_names(self.param_groups, group)
 
+    def _matrix_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if not group["adam"]]
+
     def _is_turned(self, p: Tensor, group: dict[str, Any]) -> bool:
         rows, columns = p.shape
         return self.orient and (rows > columns or (rows == columns and group.get("square") == "columns"))
@@ -288,12 +292,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what ``closure`` returns."""
+        if self.owners is None and any(is_sharded(p) for group in self._matrix_groups() for p in group["params"]):
+            shard(self)  # weights were divided, and the optimizer given the parts, after it was made (Accelerate)
+            return self.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._is_rehearsal():
             return loss
+        if not self.state and self.owners is None and all(p.grad is None for g in self.param_groups for p in g["params"]):
+            warnings.warn(
+                "no parameter has a gradient, so nothing was updated: call backward() before step(), and make the optimizer "
+                "after the model was sharded or moved",
+                stacklevel=2,
+            )
         for group in self.param_groups:
             if group["adam"]:
                 self._adam_step(group)
@@ -526,6 +539,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_share(self, state_dict)
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
         for group in self.param_groups:
@@ -552,7 +566,7 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in zip(saved, params, strict=True):
-        for name, value in state_dict["state"].get(i, {}).items():
+        for name, value in state_dict["state"].get(i, {}).items() if p in optimizer.state else ():
             if isinstance(value, Tensor):
                 device = p.device if optimizer.state[p][name].device == p.device else value.device
                 optimizer.state[p][name] = value.detach().to(device, copy=True)

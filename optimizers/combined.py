@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .base import restore_dtypes
+from .sharding import check_share
 
 
 class Combined(torch.optim.Optimizer):
@@ -56,6 +57,7 @@ class Combined(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_share(self, state_dict)
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 

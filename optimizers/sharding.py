@@ -12,6 +12,7 @@ weights, on the shards of DTensors.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from types import MappingProxyType, MethodType
@@ -24,6 +25,7 @@ from torch import Tensor
 # Matrices travel in rounds, in which a rank sends at most about so many entries (256 MiB in float32): the extra memory of a
 # step, beside its own matrices.
 ROUND_ENTRIES = 2**26
+SHARE = "share"  # entry of a state dict that has the states of one rank's matrices only
 
 
 def shard(
@@ -118,6 +120,27 @@ def assign(costs: Sequence[float], ranks: int, kept: Mapping[int, int] = Mapping
     return owners
 
 
+def check_share(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """That a state dict has the matrices that this process keeps, if it is the share of one rank.
+
+    Otherwise their states would silently begin anew, at full rate and without warm-up.
+
+    Raises:
+        ValueError: the share of another rank, or of a run with another number of ranks.
+    """
+    share = state_dict.get(SHARE)
+    if share is None:
+        return
+    owners: Owners | None = getattr(optimizer, "owners", None)
+    kept = {i for i, p in _by_index(optimizer, state_dict).items() if owners is None or owners.keeps(p)}
+    lacking = kept & set(share["absent"])
+    if lacking:
+        raise ValueError(
+            f"these are the states of rank {share['rank']} of {share['ranks']}, without {len(lacking)} matrices that are needed "
+            "here: save shard(optimizer).gather() instead, which all ranks call and which has all of them, or give each rank its own"
+        )
+
+
 class Team:
     """The ranks of one process group and the matrices that they share.
 
@@ -143,6 +166,30 @@ class Team:
         return [p for p, owner in self.owner.items() if owner == self.rank]
 
     # Replicated weights ------------------------------------------------------------------------------------------------
+
+    def states(self, state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """All matrices' states, from their owners: those of others on the CPU, and on the first rank only."""
+        mine = {
+            i: {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in state[p].items()}
+            for i, p in enumerate(self.params)
+            if self.owners[i] == self.rank and p in state
+        }
+        kinds: list[Any] = [None] * self.size
+        dist.all_gather_object(kinds, mine, group=self.group)
+        found: dict[Tensor, dict[str, Any]] = {}
+        for i, kind in sorted(item for of_rank in kinds for item in of_rank.items()):
+            p, owner = self.params[i], self.owners[i]
+            found[p] = dict(kind)
+            for key, what in kind.items():
+                if isinstance(what, Tensor):
+                    x = state[p][key] if owner == self.rank else torch.empty(what.shape, dtype=what.dtype)
+                    sent = x.to(p.device).contiguous()
+                    # as bytes: not every backend has every dtype
+                    dist.broadcast(sent.view(-1).view(torch.uint8), group_src=owner, group=self.group)
+                    found[p][key] = x if owner == self.rank else sent.cpu()
+            if self.rank != 0:
+                del found[p]
+        return found
 
     def broadcast(self, params: set[Tensor]) -> "list[dist.Work]":
         """Begin to send the weights that have changed from their owners to all."""
@@ -242,6 +289,8 @@ class Owners:
         self._works: list[dist.Work] = []
         # On the object: hooks are not told of a failure, and run twice where a step calls its parent class's.
         optimizer.step = MethodType(_divided(optimizer.step), optimizer)  # type: ignore[method-assign]
+        optimizer.register_state_dict_post_hook(self._sign)
+        optimizer.register_load_state_dict_pre_hook(self._sort)
         for team in self.teams if optimizer.state else ():  # some classes make states before their first step
             if any(is_sharded(p) and p in optimizer.state for p in team.params):
                 raise ValueError(
@@ -282,6 +331,53 @@ class Owners:
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=team.group)
             flag = bool(x.item())
         return flag
+
+    # State dicts -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def gather(self) -> dict[str, Any] | None:
+        """The state dict with all matrices' states, as one process would have it; all ranks call this together.
+
+        For ``torch.save`` by one rank. Any number of ranks can load it, each all of it.
+
+        Returns:
+            On the first rank of the process group, with others' states on the CPU; None on the other ranks.
+
+        Raises:
+            ValueError: weights are sharded (DTensors).
+        """
+        self.wait()
+        if any(is_sharded(p) for team in self.teams for p in team.params):
+            raise ValueError(
+                "weights are sharded: save with torch.distributed.checkpoint, its StateDictOptions with "
+                "flatten_optimizer_state_dict=True"
+            )
+        found = self.optimizer.state_dict()
+        found.pop(SHARE, None)
+        index = {p: i for i, p in _by_index(self.optimizer, found).items()}
+        for team in self.teams:
+            found["state"].update({index[p]: x for p, x in team.states(self.optimizer.state).items()})
+        return found if all(team.rank == 0 for team in self.teams) else None
+
+    def _sign(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Say in a state dict which matrices it lacks because other ranks keep them."""
+        absent = [i for i, p in _by_index(optimizer, state_dict).items() if not self.keeps(p)]
+        if absent:
+            state_dict[SHARE] = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "absent": absent}
+
+    def _sort(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the states of matrices that other ranks keep; see that this rank's own are there."""
+        check_share(optimizer, state_dict)
+        params, states = _by_index(optimizer, state_dict), state_dict["state"]
+        others = {i for i, p in params.items() if not self.keeps(p)}
+        lacking = len([i for i, p in params.items() if p.requires_grad and i not in others | states.keys()])
+        if lacking and others & states.keys():
+            warnings.warn(
+                f"{lacking} matrices of this rank have no states in what is loaded, which has some of other ranks; they begin "
+                "anew: see that it was saved by shard(optimizer).gather(), or flattened by torch.distributed.checkpoint",
+                stacklevel=2,
+            )
+        return {**state_dict, "state": {i: x for i, x in states.items() if i not in others}}
 
     def wait(self) -> None:
         """Until all weights have arrived."""
@@ -372,6 +468,12 @@ def _divided(step: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return divided
+
+
+def _by_index(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[int, Tensor]:
+    """The optimizer's parameters by their numbers in a state dict of it; what is too many, torch reports."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    return dict(zip(saved, (p for group in optimizer.param_groups for p in group["params"])))  # noqa: B905
 
 
 def _rename(state: dict[Tensor, Any], names: Mapping[Tensor, Tensor]) -> None:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -356,6 +357,59 @@ def reload(layout: str, name: str) -> bool:
     return same(weights(model), weights(new))
 
 
+def by_torch_save(folder: Path) -> Facts:
+    """Four steps with matrices divided, saved by one rank, and four more: on all ranks, by one, and on one process."""
+    facts: Facts = {}
+    for name in ("alice", "galore_8bit", "any"):
+        model, optimizer = laid_out("replicated", small(name))
+        advance(model, optimizer, steps=4)
+        whole, share_of_first = shard(optimizer).gather(), [optimizer.state_dict()]
+        dist.broadcast_object_list(share_of_first, src=0)
+        path = folder / f"gathered-{name}.pt"
+        if whole is not None:
+            torch.save(whole, path)
+        dist.barrier()
+        weights_then = copy.deepcopy(model.state_dict())
+        advance(model, optimizer, first=4, steps=4)
+        facts[name, "ranks with a state dict"] = whole is not None
+        for layout in ("replicated", "alone"):
+            new, other = laid_out(layout, small(name))
+            new.load_state_dict(weights_then)
+            other.load_state_dict(torch.load(path, weights_only=True))
+            facts[name, layout, "states"] = len(other.state)
+            advance(new, other, first=4, steps=4)
+            facts[name, layout] = same(weights(model), weights(new))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                facts[name, layout, "share"] = refusal(lambda: other.load_state_dict(share_of_first[0]))  # noqa: B023
+                unsigned = {key: x for key, x in share_of_first[0].items() if key != "share"}
+                if layout == "replicated":
+                    other.load_state_dict(unsigned)
+                    facts[name, layout, "warning"] = " ".join(str(warning.message) for warning in caught)
+    return facts
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def divided_afterwards() -> list[Tensor]:
+    """Weights of a model that was sharded after its optimizer was made, which was then given the shards, as by Accelerate."""
+    model: Any = Network(torch.float64)
+    optimizer = make("alice", model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    model = sharded(model, init_device_mesh("cpu", (RANKS,)))
+    parts = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parts[names[id(p)]] for p in group["params"]]
+    advance(model, optimizer)
+    return weights(model)
+
+
 def by_dcp(layout: str, flat: bool, folder: Path) -> bool:
     """The same through a checkpoint, as torchtitan saves (``flat``): with state dicts of torch.distributed.checkpoint."""
     # Strict, the other kind would want states of others' matrices, too.
@@ -500,6 +554,10 @@ def parts(rank: int, folder: Path) -> Facts:
                 facts["reload", layout, name] = reload(layout, name)
             for flat in (True, False):
                 facts["dcp", layout, flat] = by_dcp(layout, flat, folder)
+    facts["saved by one"] = by_torch_save(folder)
+    model, optimizer = laid_out("sharded", small("alice"))
+    advance(model, optimizer)
+    facts["divided afterwards"] = same(divided_afterwards(), weights(model))
     facts["on two"] = on_two(folder, pair, pairs["within"])
     model, optimizer = laid_out("alone", small("alice"))
     advance(model, optimizer)

@@ -238,6 +238,46 @@ def test_state_dicts_continue_bit_for_bit(found, layout, name):
     assert all(facts["reload", layout, name] for facts in found)
 
 
+@pytest.mark.parametrize("name", ["alice", "galore_8bit", "any"])
+def test_gathered_states_continue_bit_for_bit_on_four_processes_and_on_one(found, name):
+    for rank, facts in enumerate(found):
+        saved = facts["saved by one"]
+        assert saved[name, "ranks with a state dict"] == (rank == 0)
+        assert saved[name, "replicated"] and saved[name, "alone"]
+        # the others' states are not kept: of 5 matrices each rank has its own, and all have the Adam group's
+        assert saved[name, "replicated", "states"] < saved[name, "alone", "states"] == saved["alice", "alone", "states"]
+
+
+@pytest.mark.parametrize("name", ["alice", "galore_8bit", "any"])
+def test_the_share_of_one_rank_is_not_taken_for_the_whole(found, name):
+    """Saved as people do, optimizer.state_dict() on the first rank; if its mark is lost, states that are lacking are told of."""
+    for rank, facts in enumerate(found):
+        saved = facts["saved by one"]
+        assert "save shard(optimizer).gather()" in saved[name, "alone", "share"]
+        assert bool(saved[name, "replicated", "share"]) == (rank != 0)
+        assert ("they begin anew" in saved[name, "replicated", "warning"]) == (rank != 0)
+
+
+def test_an_optimizer_that_was_given_shards_afterwards_divides_itself(found):
+    assert all(facts["divided afterwards"] for facts in found)
+
+
+def test_a_step_without_any_gradient_is_told_of(recwarn):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    optimizer = create("racs", model, verbose=False)
+    model(torch.ones(2, 6)).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert "after the model was sharded or moved" in str(recwarn.pop().message)
+    for p, G in zip(model.parameters(), gradients, strict=True):
+        p.grad = G
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "nested"])
 def test_torchs_distributed_checkpoints_continue_bit_for_bit(found, layout, flat):

@@ -107,6 +107,7 @@ def draws(monkeypatch):
 def relative(actual, expected):
     actual = np.asarray(actual, dtype=np.float64).reshape(np.shape(expected))
     distance, size = np.linalg.norm(actual - expected), np.linalg.norm(expected)
+    assert np.isfinite(distance), "not finite, which the largest of several errors would not show"
     return distance / size if size > 0 else distance
 
 

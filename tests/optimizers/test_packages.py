@@ -78,6 +78,7 @@ def distances(ours, theirs, W, gradients, ours_step=None, theirs_step=None):
                 step(optimizer, t)
         moved = (q - W).norm().item()
         error = (p - q).norm().item()
+        assert math.isfinite(error), f"not finite at step {t}"  # which the largest of several would not show
         found.append(error / moved if moved else math.inf if error else 0.0)
     return found
 
@@ -293,7 +294,7 @@ def test_galore_8bit(follow_signs, monkeypatch):
     codes = distances(
         lambda p: GaLore([p], state_dtype="8bit", **options), lambda p: GaLore([p], **options), W, gradients
     )
-    assert found[-1] < 0.02 and found[-1] < 0.5 * codes[-1]
+    assert found[-1] < 0.02 and found[-1] < 0.5 * codes[-1] and codes[-1] < 0.03
 
 
 @shapes

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -53,7 +54,7 @@ def distance(ours, theirs):
     """The largest relative error of a loss or of a tensor of weights."""
     pairs = [(torch.tensor(x), torch.tensor(y)) for x, y in zip(ours["losses"], theirs["losses"], strict=True)]
     pairs += zip(ours["weights"], theirs["weights"], strict=True)
-    return max(((x - y).norm() / y.norm().clamp_min(1e-9)).item() for x, y in pairs)
+    return float(np.max([((x - y).norm() / y.norm().clamp_min(1e-9)).item() for x, y in pairs]))  # NaN if there is one
 
 
 def same(ours, theirs):

@@ -315,6 +315,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and b"the same command goes on" in errors
+    assert len(started) == 2
     for file in started:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.name.removeprefix("trainer.py")), 0)

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import TrainingBatches, UserError, load_tokenizer, open_source
 from pretraining.config import compose, validate
-from pretraining.model import build_model, choose_attention
-from pretraining.plan import Plan, make_plan, micro_batch_rows, weight_dtype
+from pretraining.model import build_model, choose_attention, weight_dtype
+from pretraining.plan import Plan, make_plan, micro_batch_rows
 from pretraining.record import read_lines
 from pretraining.schedule import rate_factor
 from pretraining.throughput import peak_memory

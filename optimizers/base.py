@@ -301,7 +301,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._is_rehearsal():
             return loss
-        if not self.state and self.owners is None and all(p.grad is None for g in self.param_groups for p in g["params"]):
+        if (
+            not self.state
+            and self.owners is None
+            and all(p.grad is None for g in self.param_groups for p in g["params"])
+        ):
             warnings.warn(
                 "no parameter has a gradient, so nothing was updated: call backward() before step(), and make the optimizer "
                 "after the model was sharded or moved",
@@ -423,8 +427,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         factor = self.factor(params[0].shape, group, ctx)
         decay = group["lr"] * group["weight_decay"] if group["weight_decay"] else None
         if self._compiled:
-            factor = torch.as_tensor(factor, dtype=compute, device=G.device)
-            decay = None if decay is None else torch.as_tensor(decay, dtype=compute, device=G.device)
+            factor = as_scalar(factor, compute, G.device)
+            decay = None if decay is None else as_scalar(decay, compute, G.device)
             group = {name: value for name, value in group.items() if name not in ("params", "param_names", "lr")}
         advance = self._compiled or self._direct_and_subtract
         advance([turn(p.detach()) for p in params], G, state, group, ctx, factor, decay)
@@ -634,6 +638,11 @@ def stored_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     """Of the states of ``p`` that are not of full precision; with 8-bit codes, of those that are not coded."""
     named = group.get("state_dtype")
     return getattr(torch, named) if named and named != "8bit" else p.dtype
+
+
+def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``x`` as a tensor; a number is written on the device, since a copy from the host would wait for it."""
+    return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 
 def stack(tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor:

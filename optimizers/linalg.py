@@ -162,7 +162,7 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors: as is, in float64 on the CPU, then with a jitter as well.
 
     Ill-conditioned or low-precision covariances make some solvers give up (a complaint of GaLore's users); the
-    slow, reliable one then saves the run.
+    slow, reliable one then saves the run, for the matrices that need it.
 
     Args:
         A: [B, m, m], symmetric, its largest entry about 1.
@@ -179,6 +179,8 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
                 "the gradient covariance has entries that are not finite: the loss has diverged; "
                 "lower the learning rate or clip the gradient"
             ) from None
+    if A.ndim > 2 and len(A) > 1:  # a stack, of which one may have failed
+        return tuple(torch.cat(some) for some in zip(*map(_eigh, A.split(1)), strict=True))
     wide = A.cpu().double()
     for jitter in (0.0, 1e-10):
         try:

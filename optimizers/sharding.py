@@ -136,8 +136,9 @@ def check_share(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     lacking = kept & set(share["absent"])
     if lacking:
         raise ValueError(
-            f"these are the states of rank {share['rank']} of {share['ranks']}, without {len(lacking)} matrices that are needed "
-            "here: save shard(optimizer).gather() instead, which all ranks call and which has all of them, or give each rank its own"
+            f"these are the states of rank {share['rank']} of {share['ranks']}, without those of {len(lacking)} matrices "
+            "that are needed here: save shard(optimizer).gather() instead, which all ranks call and which has all of them, or give each "
+            "rank what it has saved"
         )
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from .throughput import Meters
 
 PREFIX = "step-"
 SUMS = "SHA256SUMS"
+VISIBLE_SECONDS = 30.0  # that a folder may take to be seen by other nodes
 STATE = "state.json"
 RATES = ("lr", "initial_lr")  # of a parameter group: the schedule sets them
 
@@ -88,8 +90,18 @@ def save(
         _put_in_place(partial, target)
         _prune(folder, keep_last, keep_every)
 
+    def see() -> None:
+        until = time.monotonic() + VISIBLE_SECONDS
+        while not partial.is_dir() and time.monotonic() < until:
+            time.sleep(0.5)
+        if not partial.is_dir():  # the writer would make one, on the disk of this machine
+            raise FileNotFoundError(
+                f"{partial} was made by the first rank and is not on this machine: put run_dir on a disk that all nodes share"
+            )
+
     try:
         _on_main(lambda: _make_empty(partial), device)
+        _on_all(see, device)
         _on_all(write, device)
         _on_main(finish, device)
     except Exception as error:

@@ -84,7 +84,6 @@ def check_launch(environ: Mapping[str, str], device: torch.device) -> None:
             f"WORLD_SIZE={world}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, by which the "
             f"processes find each other and their GPUs: start them with {RANKS}"
         )
-    # Under srun each process may see a GPU of its own; torchrun's share what the node has.
     if device.type == "cuda" and local_world is not None and "TORCHELASTIC_RUN_ID" in environ:
         gpus = torch.cuda.device_count()
         if local_world > gpus:
@@ -92,6 +91,11 @@ def check_launch(environ: Mapping[str, str], device: torch.device) -> None:
                 f"{local_world} processes were started on a machine with {gpus} GPU{'s' * (gpus != 1)}: start at most "
                 f"{gpus} with --nproc_per_node (--num_processes of accelerate launch counts those of all machines)"
             )
+    if device.type == "cuda" and local is not None and local >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local}, but this process sees {torch.cuda.device_count()} GPU(s): let it see all GPUs of its node "
+            "(with srun, --gpus-per-node instead of --gpus-per-task), or start the processes with torchrun"
+        )
 
 
 def _refuse_independent(environ: Mapping[str, str], world: int) -> None:

@@ -20,7 +20,7 @@ from data.errors import UserError
 from optimizers.base import CHUNK_ENTRIES
 from optimizers.memory import RANKS, llama, make, state_bytes
 
-from .plan import weight_dtype
+from .model import weight_dtype
 
 PRECISIONS = ("bf16", "bf16_mixed", "fp32")
 LENGTH = 256

@@ -156,6 +156,10 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
+def weight_dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of trained weights; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -233,6 +233,14 @@ class Parallel:
         copies = self.ranks // self.team  # of each part
         return here - divided + sum(parts) // copies, on_rank
 
+    def most(self, x: int) -> int:
+        """The largest ``x`` of all ranks, which call it together."""
+        if self.ranks == 1:
+            return x
+        counts = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
+        counts[self.rank] = x
+        return int(self.sum(counts).max())
+
     def _is_divided(self, p: Tensor, x: Tensor) -> bool:
         """Whether ``x``, a state of ``p``, lies here only, or in part; Adam counts its steps on every rank."""
         return is_sharded(x) or (self.owners is not None and any(p in team.owner for team in self.owners.teams))

@@ -13,12 +13,16 @@ from optimizers.memory import state_bytes
 
 from .layerwise import check_layerwise
 from .loss import check_loss
-from .model import build_model, parameter_count
+from .memory import activation_bytes
+from .model import build_model, parameter_count, weight_dtype
 from .parallel import check_parallel, layout
 
-# Rows of one forward pass when trainer.micro_batch_size is auto. With trainer.loss=full the logits of 2^14 tokens with
+# Tokens of one forward pass when trainer.micro_batch_size is auto. With trainer.loss=full the logits of 2^14 tokens with
 # 32,000 pieces take 2 GB in float32; on the CPU, more than the caches hold is slower, not faster.
 AUTO_TOKENS = {"cuda": 2**14, "cpu": 2**12}
+ACTIVATIONS = (
+    0.5  # of a GPU's memory that auto gives to activations: the rest is for weights, gradients, states and the loss
+)
 
 
 @dataclass(frozen=True)
@@ -123,15 +127,16 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16_mixed" if any(check is not None and check() for check in native) else "fp32"
 
 
-def weight_dtype(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
 def micro_batch_rows(cfg: DictConfig, rows: int, device: torch.device) -> int:
     """Rows of one forward pass on this rank, which has ``rows`` rows of a step."""
     size = cfg.trainer.micro_batch_size
     if size == "auto":
         size = max(1, AUTO_TOKENS[device.type] // cfg.data.length)
+        if device.type == "cuda":
+            room = ACTIVATIONS * torch.cuda.get_device_properties(device).total_memory
+            precision = choose_precision(cfg.trainer.precision, device)
+            while size > 1 and activation_bytes(cfg.model, size, cfg.data.length, precision) > room:
+                size = (size + 1) // 2
     return min(size, rows) or 1
 
 

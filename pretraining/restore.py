@@ -18,8 +18,8 @@ from data.errors import UserError
 from . import checkpoint
 from .config import RULES
 from .evaluation import Evaluation, evaluate
-from .model import build_model, choose_attention
-from .plan import choose_device, choose_precision, weight_dtype
+from .model import build_model, choose_attention, weight_dtype
+from .plan import choose_device, choose_precision
 from .record import read_config, read_json
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
@@ -96,7 +97,9 @@ def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     if "MIG" in name:  # a slice of a card
         return None
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    # GeForce cards have slower ones of nearly the same name (Laptop, D); GPUs for servers say memory and form behind theirs
+    fits = (flops for key, flops in PEAK_FLOPS.items() if (name.endswith(key) if "RTX" in key else key in name))
+    return next(fits, None)
 
 
 def flops_per_token(model: DictConfig, parameters: int, length: int) -> float:

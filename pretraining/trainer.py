@@ -10,6 +10,7 @@ import zlib
 from collections import deque
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,9 @@ from .launch import LostContact, check_launch, check_same_configuration, lost_co
 from .layerwise import LayerWise, UpdateTimes
 from .lock import RunLock
 from .loss import PretrainingLoss, real_targets, target_count
-from .model import build_model, choose_attention, compile_layers
+from .model import build_model, choose_attention, compile_layers, weight_dtype
 from .parallel import Parallel
-from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows, weight_dtype
+from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows
 from .record import RunRecord, environment, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
 from .signals import Stopped, StopSignals
@@ -317,6 +318,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal came; the state is saved.
+            UserError: out of memory.
             NonFiniteLoss: training has diverged; the last checkpoint is from before.
         """
         self.bar = tqdm(
@@ -328,6 +330,13 @@ class Trainer:
         except Stopped:  # by all ranks together; any other error may be of one alone, and the launcher ends the rest
             self.accelerator.end_training()
             raise
+        except torch.OutOfMemoryError as error:
+            rows = micro_batch_rows(self.cfg, self.cfg.trainer.batch_size, self.device)
+            raise UserError(
+                f"the memory of {self.device} does not suffice for step {self.done + 1} with {rows} rows at a time "
+                f"({str(error).partition('. GPU')[0]}): lower trainer.micro_batch_size, which changes results by "
+                "rounding only, or see python scripts/memory.py --gpu 40GB for what fits"
+            ) from error
         self.accelerator.end_training()
 
     def _loop(self) -> None:
@@ -684,6 +693,7 @@ class Trainer:
         peak = peak_flops(self.device)
         flops = flops_per_token(self.cfg.model, self.plan.parameters, self.length)
         memory, kind = peak_memory(self.device)
+        memory = self.parallel.most(max(memory, self.meters.peak_memory_bytes))
         states, states_by_rank = self.parallel.state_bytes(self.optimizer)
         whole = self.parallel.whole_weights(self.model) if self.cfg.trainer.save_model else None
         if self.main and self.cfg.trainer.save_model:
@@ -709,7 +719,7 @@ class Trainer:
                 "parameters": self.plan.parameters,
                 "optimizer_state_bytes": states,
                 **({"optimizer_state_bytes_by_rank": states_by_rank} if len(states_by_rank) > 1 else {}),
-                "peak_memory_bytes": max(memory, self.meters.peak_memory_bytes),
+                "peak_memory_bytes": memory,
                 "peak_memory_kind": kind,
                 "tokens_per_second": speed,
                 "optimizer_ms": sums.optimizer_ms / sums.steps if sums.steps else None,
@@ -752,12 +762,14 @@ def _number(x: float) -> float | None:
 
 def make_accelerator(device: torch.device) -> Accelerator:
     """Accelerate's processes, checked: on a CPU it makes independent jobs unless told that it is one."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # Buffers are constants (rotary frequencies), and gradients need not lie in memory twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # The others wait while the first rank checks and hashes a checkpoint: 80 GB at 150 MB/s take NCCL's usual ten minutes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     # Precision is ours to choose: what `accelerate config` left on the machine must not change a run unnoticed.
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp, patient])
     if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         raise UserError(
             f"this machine's accelerate configuration asks for {accelerator.distributed_type}, which the optimizers cannot "

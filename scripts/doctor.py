@@ -61,7 +61,7 @@ SHARED = (
 PROBE = 64 * 2**20  # bytes written to measure
 SLOW = 50.0  # MiB/s
 MIB, GIB = 2**20, 2**30
-PATIENCE = 15  # seconds for processes that try to reach each other
+PATIENCE = 60  # seconds for processes that try to reach each other
 # Two processes add up their ranks.
 PAIR = f"""
 import datetime, os, sys, torch, torch.distributed as dist

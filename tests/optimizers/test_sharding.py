@@ -251,7 +251,7 @@ def test_gathered_states_continue_bit_for_bit_on_four_processes_and_on_one(found
 
 @pytest.mark.parametrize("name", ["alice", "galore_8bit", "any"])
 def test_the_share_of_one_rank_is_not_taken_for_the_whole(found, name):
-    """Saved as people do, optimizer.state_dict() on the first rank; if its mark is lost, states that are lacking are told of."""
+    """Saved as people do, optimizer.state_dict() on the first rank; without its mark, states that are lacking are told of."""
     for rank, facts in enumerate(found):
         saved = facts["saved by one"]
         assert "save shard(optimizer).gather()" in saved[name, "alone", "share"]

@@ -90,7 +90,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPU: "):
         check_launch(TORCHRUN, CUDA)
-    check_launch({**GROUP, **ADDRESS}, CUDA)  # srun, which shows each task its own GPU
+    with pytest.raises(UserError, match=r"LOCAL_RANK=1, but this process sees 1 GPU\(s\): .* --gpus-per-node"):
+        check_launch({**GROUP, **ADDRESS}, CUDA)  # srun, which shows each task its own GPU: DDP would ask for cuda:1
+    check_launch({**GROUP, **ADDRESS, "LOCAL_RANK": "0"}, CUDA)
     check_launch(TORCHRUN, CPU)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_launch(TORCHRUN, CUDA)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from optimizers.memory import state_bytes
 from pretraining.config import compose
 from pretraining.model import build_model, parameter_count
-from pretraining.plan import choose_precision, make_optimizer, make_plan
+from pretraining.plan import choose_precision, make_optimizer, make_plan, micro_batch_rows
 
 TABLES = json.loads((Path(__file__).parents[2] / "results/paper/tables.json").read_text())
 SIZES = ("60m", "130m", "350m", "1b")
@@ -73,3 +74,16 @@ def test_the_plan_says_where_several_processes_keep_what(monkeypatch, settings, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert words in make_plan(compose(["experiment=quickstart", *settings])).text and "processes" not in alone
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "rows"),
+    [("llama_60m", 24, 64), ("llama_1b", 80, 64), ("llama_1b", 40, 32), ("llama_7b", 80, 16), ("llama_7b", 1, 1)],
+)
+def test_auto_rows_depend_on_the_model_and_on_the_gpu(monkeypatch, model, gib, rows):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    cfg = compose([f"model={model}", "recipe=none", "trainer.steps=10"])
+    assert micro_batch_rows(cfg, 512, torch.device("cuda")) == rows
+    assert micro_batch_rows(cfg, 512, torch.device("cpu")) == 16
+    cfg.trainer.micro_batch_size = 128
+    assert micro_batch_rows(cfg, 512, torch.device("cuda")) == 128

@@ -415,6 +415,14 @@ def test_a_crash_while_saving_leaves_the_previous_one_and_nothing_else_in_the_wa
         assert sorted(names) == ["step-0000006", "step-0000008"]
 
 
+def test_a_run_folder_that_another_node_does_not_see_is_refused(tmp_path, monkeypatch):
+    """Else that node would write its part to a disk of its own, and the checkpoint be without it."""
+    monkeypatch.setattr(checkpoint, "_make_empty", lambda partial: None)  # as it looks on the other node
+    monkeypatch.setattr(checkpoint, "VISIBLE_SECONDS", 0.0)
+    with pytest.raises(UserError, match="put run_dir on a disk that all nodes share"):
+        train(config(tmp_path / "run", "trainer.save_every=2"))
+
+
 def test_keep_every_keeps_more_than_the_last(tmp_path):
     train(config(tmp_path / "run", "trainer.save_every=1", "trainer.keep_last=1", "trainer.keep_every=3"))
     assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "run/checkpoints")] == [3, 6, 8]

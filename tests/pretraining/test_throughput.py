@@ -182,3 +182,39 @@ def test_a_compiled_optimizer_trains_alike(tmp_path):
 def test_what_cannot_be_compiled_is_refused(tmp_path, method):
     with pytest.raises(UserError, match=r"set trainer\.compile_optimizer=false"):
         train(config(tmp_path, f"optimizer={method}", "trainer.compile_optimizer=true"))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100 MIG 1g.5gb", None),
+    ],
+)
+def test_peaks_are_those_of_the_card(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert throughput.peak_flops(torch.device("cuda")) == peak
+
+
+def test_too_little_memory_ends_in_advice(tmp_path, monkeypatch):
+    cfg = config(tmp_path / "run", "trainer.micro_batch_size=3")
+    trainer = Trainer(cfg, make_plan(cfg))
+
+    def full(rows, targets):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB"
+        )
+
+    monkeypatch.setattr(trainer, "_backward", full)
+    with pytest.raises(
+        UserError, match=r"step 1 with 3 rows at a time \(.* 2.00 GiB\): lower trainer.micro_batch_size"
+    ):
+        trainer.run()

@@ -14,7 +14,7 @@ from reporting.paper import cost, speed, tables
 from reporting.paper.cells import CELLS, EXPERIMENTS
 from reporting.paper.numbers import RESULTS, load_paper
 from reporting.paper.page import differences, generate
-from reporting.paper.records import RUNS, basis_similarities, fill, misfits
+from reporting.paper.records import RUNS, basis_similarities, misfits
 from reporting.records import Run, load_run
 from tests.reporting.paper_records import add_basis, write_cell
 

@@ -17,8 +17,8 @@ from optimizers import METHODS
 from pretraining import memory
 from pretraining.config import compose, validate
 from pretraining.evaluation import row_losses
-from pretraining.model import build_model
-from pretraining.plan import make_plan, weight_dtype
+from pretraining.model import build_model, weight_dtype
+from pretraining.plan import make_plan
 from scripts import memory as script
 
 CONFIGS = Path(__file__).parents[2] / "configs"

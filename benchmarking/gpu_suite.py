@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from data.errors import UserError
 from pretraining.record import read_json, replace_text, write_json
+from pretraining.signals import end_with_parent
 from reporting import RECORD_FILES, load_run, units
 from reporting.benchmarks import optimizer_table
 from sweeps.local import DIVERGED, divergence
@@ -40,9 +43,9 @@ METHODS = ("alice", "racs", "muon", "fira", "galore", "alice_0")  # after Adam; 
 ADAM_RATES = "0.001,0.003"  # the paper's, and three times as much: its Adam looks weakly tuned
 TRAINING = {  # in order of worth: minutes, rows of a forward pass, rounds, steps of a turn
     "llama_60m": (4, 64, 5, 8),
-    "llama_1b": (10, 16, 4, 3),
     "llama_350m": (6, 32, 4, 5),
     "llama_130m": (4, 64, 5, 8),
+    "llama_1b": (10, 8, 4, 3),  # rows for the models of all contestants on one card of 80 GB
 }
 GRACE = 60.0  # seconds that a training gets to save its state
 LINES = 30  # of a job's output that are kept where it fails
@@ -94,7 +97,6 @@ class Suite:
     methods: tuple[str, ...]
     data: Path | None
     tokenizer: str | None
-    wheels: tuple[Path, ...]
     deadline: float
     dry: bool = False
 
@@ -147,8 +149,10 @@ def optimizer_benchmarks(suite: Suite) -> Iterator[Job]:
     if suite.tiny:
         yield benchmark("llama_tiny", "fp32", 0.3, "--only", "racs", "--repeats", "2", "--refreshes", "1")
         return
-    for dtype in ("bf16", "fp32"):
-        for model, minutes in (("llama_60m", 2), ("llama_350m", 4), ("llama_1b", 8)):
+    # in float32, the 1.3B matrices with all optimizers of a group need more than 80 GB
+    sizes = {"llama_60m": (2, "bf16", "fp32"), "llama_350m": (4, "bf16", "fp32"), "llama_1b": (8, "bf16")}
+    for model, (minutes, *dtypes) in sizes.items():
+        for dtype in dtypes:
             yield benchmark(model, dtype, minutes)
 
 
@@ -221,10 +225,18 @@ def comparison(suite: Suite) -> Iterator[Job]:
             f"trainer.log_every={max(1, steps // 500)}",
             "trainer.resume=auto",
             *own,
+            *refreshes(method, steps),
             *(TINY if suite.tiny else ()),
             f"run_dir={shown(folder)}",
         ]
         yield Job(f"comparison/{name}", (PYTHON, "train.py", *settings), seconds / 60, folder)
+
+
+def refreshes(method: str, steps: int) -> list[str]:
+    """A fiftieth of the steps between refreshes, as in the paper's runs, where a method's own interval is longer."""
+    file = ROOT / "configs" / "optimizer" / f"{method}.yaml"
+    interval = OmegaConf.load(file).get("update_interval") if file.is_file() else None
+    return [f"optimizer.update_interval={max(1, min(interval, steps // 50))}"] if interval else []
 
 
 def settle(suite: Suite, runs: int) -> dict[str, Any] | None:
@@ -300,7 +312,8 @@ def work(suite: Suite) -> bool:
         if suite.state(job).get("state") in ("done", "diverged"):
             print(f"{job.name}: done before", flush=True)
             continue
-        if suite.left() < min(60.0, 30 * job.minutes):  # half of what it should take, or a minute of a training
+        # half of what it should take, or a minute of a training, which can go on
+        if suite.left() < (min(60.0, 30 * job.minutes) if job.run else 30 * job.minutes):
             print(f"{job.name}: no time left", flush=True)
             continue
         try:
@@ -316,26 +329,19 @@ def work(suite: Suite) -> bool:
 
 
 def prepare(suite: Suite) -> None:
-    """Folders, packages, and a tokenizer of the model's size where text comes from the embedded sample."""
+    """Folders, and a tokenizer of the model's size where text comes from the embedded sample."""
     asked = subprocess.run([PYTHON, "-c", MACHINE, suite.device], cwd=ROOT, capture_output=True, text=True)
     if asked.returncode:
         why = (asked.stderr.strip().splitlines() or ["no message"])[-1].rpartition("Error: ")[2]
-        raise UserError(f"the device {suite.device} cannot be used: {why}")
+        raise UserError(
+            f"the device {suite.device} cannot be used ({why}): see python scripts/doctor.py, or try --device cpu --tiny."
+        )
     if "comparison" in suite.stages and (suite.out / "comparison.json").is_file():
         settle(
             suite, len(suite.adam_rates) + len(suite.methods)
         )  # another comparison than the one begun is refused at once
     for folder in (suite.out / "jobs", suite.work / "logs", suite.work / "runs"):
         folder.mkdir(parents=True, exist_ok=True)
-    if suite.wheels and not (suite.work / "site").is_dir():
-        files = [
-            str(file) for wheel in suite.wheels for file in (sorted(wheel.glob("*.whl")) if wheel.is_dir() else [wheel])
-        ]
-        command = [PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
-        done = subprocess.run([*command, str(suite.work / "site.new"), *files], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"the packages of --wheels cannot be installed: {' '.join(done.stderr.split())[-300:]}")
-        (suite.work / "site.new").rename(suite.work / "site")
     facts = json.loads(asked.stdout)
     del facts["command"]
     write_json(suite.out / "machine.json", facts)
@@ -351,10 +357,6 @@ def run(suite: Suite, job: Job) -> dict[str, Any]:
     before = suite.state(job)
     log = suite.work / "logs" / f"{job.name.replace('/', '-')}.log"
     variables = {**os.environ, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg"}
-    if (suite.work / "site").is_dir():
-        variables["PYTHONPATH"] = os.pathsep.join(
-            [str(suite.work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
     # A training may use all that is left; another job at most four times what it should take.
     grace = GRACE if job.run is not None and not suite.tiny else 5.0
     limit = suite.left() - grace
@@ -373,6 +375,7 @@ def run(suite: Suite, job: Job) -> dict[str, Any]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,  # nothing goes on beside the next suite if this one is killed
         )
         try:
             code = process.wait(timeout=max(1.0, limit))

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +86,6 @@ def run(asked: argparse.Namespace) -> int:
     kept = device.type == "cpu" and keep_freed_memory()  # as train.py: without it, page faults are what is measured
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this process adds to it
     machine = records.describe_machine(device, asked.words, packages(groups), load_average_before=load)
-    lines, speeds = measure(groups, shapes, device, dtype, rank, asked.repeats, asked.refreshes)
     record: dict[str, Any] = {
         "format": FORMAT,
         "kind": "optimizers",
@@ -104,17 +103,22 @@ def run(asked: argparse.Namespace) -> int:
             "seed": SEED,
             "threads": torch.get_num_threads(),
             "keeps_freed_memory": kept,
-            **speeds,
             "memory_limit_bytes": memory_limit(shapes.values()),
-            "seconds": time.monotonic() - began,
         },
         "environment": machine,
-        "contestants": lines,
+        "contestants": [],
     }
-    records.write(record, out)
+    for lines, speeds in measure(groups, shapes, device, dtype, rank, asked.repeats, asked.refreshes):
+        record["contestants"] += lines
+        record["settings"] |= {**speeds, "seconds": time.monotonic() - began}
+        records.write(record, out)  # what is measured stays, whatever happens to the groups after it
     print(aligned(optimizer_table(records.rounded(record))))
     print(f"\n{record['settings']['seconds']:.0f} s: {out}")
-    return 0
+    failed = [line for line in record["contestants"] if line["config"] and "error" in line]
+    for line in failed:
+        print(f"error: {line['name']}: {line['error']}", file=sys.stderr)
+    # what a card has no room for is a result
+    return 1 if any(not line["error"].startswith("OutOfMemoryError") for line in failed) else 0
 
 
 def packages(groups: dict[str, list[Contestant]]) -> list[str]:
@@ -252,17 +256,17 @@ def measure(
     rank: int,
     repeats: int,
     refreshes: int,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A line for each contestant of each group, and how fast the machine moves bytes."""
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, float]]]:
+    """For one group after the other a line for each contestant, and how fast the machine moves bytes."""
     generator = torch.Generator().manual_seed(SEED)
     gradients = [make_gradient(shape, generator).to(device, dtype) for shape in shapes.values()]
     weights = {name: (0.02 * torch.randn(s, generator=generator)).to(device, dtype) for name, s in shapes.items()}
     machine, counted = Machine(gradients), Counter(shapes.values())
-    lines: list[dict[str, Any]] = []
+    speeds = {"copy_bytes_per_second": machine.copy_bandwidth, "bytes_per_second": machine.bandwidth}
     for title, contestants in groups.items():
         began = time.monotonic()
         runners = measure_group(contestants, weights, gradients, rank, repeats, refreshes)
-        lines += [describe(title, c, runners, machine.bound(c.method, counted, rank, c.low)) for c in contestants]
+        yield [describe(title, c, runners, machine.bound(c.method, counted, rank, c.low)) for c in contestants], speeds
         del runners
         tidy()
         if any(G._version for G in gradients):  # nobody after it would have had the same ones
@@ -270,7 +274,6 @@ def measure(
                 f"A contestant of the group {title!r} has changed the gradients: leave that group out (--only)."
             )
         print(f"{title}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return lines, {"copy_bytes_per_second": machine.copy_bandwidth, "bytes_per_second": machine.bandwidth}
 
 
 def measure_group(
@@ -281,28 +284,42 @@ def measure_group(
     repeats: int,
     refreshes: int,
 ) -> dict[str, Runner | str | None]:
-    """Everybody's measured runner; for a package that cannot be measured the reason, None if it is not installed."""
+    """Everybody's measured runner; for one that cannot be measured the reason, None if it is not installed."""
     found: dict[str, Runner | str | None] = {}
     for contestant in contestants:
         found[contestant.name] = None
         if contestant.installed:
-            found[contestant.name] = guarded(contestant, lambda: warm_up(contestant, weights, gradients, rank))  # noqa: B023
-    going = [runner for runner in found.values() if isinstance(runner, Runner)]
+            found[contestant.name] = guarded(lambda: warm_up(contestant, weights, gradients, rank))  # noqa: B023
+
+    def going() -> list[Runner]:
+        return [runner for runner in found.values() if isinstance(runner, Runner)]
+
+    def attempt(runner: Runner, work: Callable[[], None]) -> None:
+        reason = guarded(work)
+        if isinstance(reason, str):  # out of memory in a refresh, say
+            found[runner.contestant.name] = reason
+
     gc.collect()
     gc.disable()  # a collection in the middle of somebody's step
     try:
         for number in range(repeats):
-            start = number % len(going)
-            for runner in [*going[start:], *going[:start]]:
-                runner.ordinary()
+            runners = going()
+            start = number % max(1, len(runners))
+            for runner in [*runners[start:], *runners[:start]]:
+                attempt(runner, runner.ordinary)
     finally:
         gc.enable()
-    for runner in going:
-        if runner.contestant.clock is not None:
-            while len(runner.refresh_ms) < refreshes and not (runner.refresh_ms and runner.refresh_ms[-1] > SLOW_MS):
-                runner.refresh()
-        runner.measure_memory()
+    for runner in going():
+        attempt(runner, lambda: measure_rest(runner, refreshes))  # noqa: B023
     return found
+
+
+def measure_rest(runner: Runner, refreshes: int) -> None:
+    """What is not measured by turns: refreshes, and memory."""
+    if runner.contestant.clock is not None:
+        while len(runner.refresh_ms) < refreshes and not (runner.refresh_ms and runner.refresh_ms[-1] > SLOW_MS):
+            runner.refresh()
+    runner.measure_memory()
 
 
 def warm_up(contestant: Contestant, weights: dict[str, Tensor], gradients: Sequence[Tensor], rank: int) -> Runner:
@@ -311,15 +328,13 @@ def warm_up(contestant: Contestant, weights: dict[str, Tensor], gradients: Seque
     return runner
 
 
-def guarded(contestant: Contestant, work: Callable[[], Runner]) -> Runner | str:
-    """What ``work`` returns, or what a package said that cannot do it. Mistakes of ours are raised."""
+def guarded(work: Callable[[], Result]) -> Result | str:
+    """What ``work`` returns, or what went wrong, in a line: the others are still measured."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages, about themselves
             return work()
     except Exception as error:
-        if contestant.config:
-            raise
         said = str(error).strip().splitlines()
         return f"{type(error).__name__}: {said[0][:200] if said else 'no message'}"
 
@@ -350,7 +365,7 @@ def describe(
         "refresh_ms": refresh,
         "refresh_quartiles_ms": quartiles(runner.refresh_ms) if runner.refresh_ms else None,
         "amortised_ms": amortised,
-        "to_adamw": step / median_of(runners, ADAMW),
+        "to_adamw": step / median_of(runners, ADAMW) if measured(runners, ADAMW) else None,
         "to_rivals": {name: step / median_of(runners, name) for name in contestant.rivals if measured(runners, name)},
         "refresh_to_rivals": {
             name: refresh / statistics.median(other.refresh_ms)

@@ -136,9 +136,9 @@ def check_share(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     lacking = kept & set(share["absent"])
     if lacking:
         raise ValueError(
-            f"these are the states of rank {share['rank']} of {share['ranks']}, without those of {len(lacking)} matrices "
-            "that are needed here: save shard(optimizer).gather() instead, which all ranks call and which has all of them, or give each "
-            "rank what it has saved"
+            f"these are the states of rank {share['rank']} of {share['ranks']}, and {len(lacking)} matrices that are needed "
+            "here are not among them: save shard(optimizer).gather() instead, which all ranks call and which has all of them, "
+            "or give each rank what it has saved"
         )
 
 

@@ -20,9 +20,8 @@ from .parallel import check_parallel, layout
 # Tokens of one forward pass when trainer.micro_batch_size is auto. With trainer.loss=full the logits of 2^14 tokens with
 # 32,000 pieces take 2 GB in float32; on the CPU, more than the caches hold is slower, not faster.
 AUTO_TOKENS = {"cuda": 2**14, "cpu": 2**12}
-ACTIVATIONS = (
-    0.5  # of a GPU's memory that auto gives to activations: the rest is for weights, gradients, states and the loss
-)
+ACTIVATIONS = 0.5  # of a GPU's memory, for auto: the rest is for weights, gradients, states and the loss
+FEWEST_REFRESHES = 25  # with fewer, a run is told of its interval
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,12 @@ def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer)
                 f"bf16 second moments with beta2 = {worst:g} never shrink (0.1 % is under bfloat16's resolution); this "
                 "is the published recipe; trainer.precision=bf16_mixed avoids it"
             )
+    interval, steps = cfg.optimizer.get("update_interval") or 1, cfg.trainer.steps
+    if cfg.optimizer.get("rank") and steps < FEWEST_REFRESHES * interval:
+        yield (
+            f"a basis is made anew every {interval} steps, {1 + steps // interval} times in {steps:,} steps, but at least 50 "
+            f"times in the paper's runs: optimizer.update_interval={max(1, steps // 50)} would do so here"
+        )
     if cfg.trainer.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         yield "the batch does not divide evenly among the processes; some will do a row more than others"
 

@@ -70,6 +70,12 @@ class StopSignals:
 def _follow_launcher() -> None:
     """Ask Linux for a SIGTERM when `accelerate launch` is gone, which passes no signal on to a single process."""
     ours = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if ours and sys.platform == "linux":
+    if ours:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the process that started this one is gone."""
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))

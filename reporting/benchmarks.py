@@ -207,7 +207,7 @@ def optimizer_table(record: Mapping[str, Any]) -> str:
                 name,
                 _ms(line["step_ms"]),
                 f"{_ms(first)} to {_ms(third)}",
-                f"{line['to_adamw']:.2f}",
+                "–" if line["to_adamw"] is None else f"{line['to_adamw']:.2f}",
                 _ratios(line["to_rivals"]),
                 "–" if refresh is None else f"{_ms(refresh)} ({len(line['refresh_samples_ms'])})",
                 _ratios(line["refresh_to_rivals"]),

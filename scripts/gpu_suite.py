@@ -22,6 +22,11 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarking.wheels import begin_again  # noqa: E402
+
+if __name__ == "__main__":
+    begin_again(sys.argv[1:], ROOT)
+
 from benchmarking.gpu_suite import ADAM_RATES, METHODS, STAGES, STOPPED, Suite, dry_run, work  # noqa: E402
 from data.errors import UserError  # noqa: E402
 
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adam-rates", default=ADAM_RATES, help=f"of the comparison; default {ADAM_RATES}")
     parser.add_argument("--methods", default="", help=f"of the comparison; default {','.join(METHODS)}")
     parser.add_argument(
-        "--wheels", type=Path, nargs="+", default=[], help="packages for the jobs, installed without a network"
+        "--wheels", type=Path, nargs="+", default=[], help="packages that are missing, installed without a network"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     parser.add_argument("--tiny", action="store_true", help="the same stages with models and steps of milliseconds")
@@ -69,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         methods=names(asked.methods) or (("racs",) if asked.tiny else METHODS),
         data=asked.data.resolve() if asked.data else None,
         tokenizer=asked.tokenizer,
-        wheels=tuple(path.resolve() for path in asked.wheels),
         deadline=time.monotonic() + 60 * asked.minutes,
         dry=asked.dry_run,
     )

@@ -152,18 +152,48 @@ def test_who_changes_gradients_gets_fresh_copies(problem):
     assert torch.equal(found["careless"].optimizer.seen, before[0])
 
 
-def test_a_package_that_fails_is_left_out_and_ours_is_not_excused(problem):
+def test_who_fails_is_left_out_at_the_start_and_in_the_middle(problem):
     weights, gradients = problem
 
     def fail(named, rank):
         raise RuntimeError("no bfloat16 here\nand more")
 
-    theirs, ours = (Contestant("broken", "adam", fail, config=config) for config in (None, "broken"))
-    found = measure_group([theirs, EVERYBODY["racs"]], weights, gradients, RANK, 1, 1)
-    assert found["broken"] == "RuntimeError: no bfloat16 here" and len(found["racs"].step_ms) == 1
-    with pytest.raises(RuntimeError, match="no bfloat16"):
-        measure_group([ours], weights, gradients, RANK, 1, 1)
+    class Tires(torch.optim.SGD):
+        def step(self):
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps > optimizers.WARMUP + 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().step()
+
+    broken = Contestant("broken", "adam", fail)
+    tired = Contestant("tired", "adam", lambda named, rank: Tires([p for _, p in named], lr=1.0))
+    found = measure_group([broken, tired, EVERYBODY["racs"]], weights, gradients, RANK, 3, 1)
+    assert found["broken"] == "RuntimeError: no bfloat16 here"
+    assert found["tired"] == "OutOfMemoryError: CUDA out of memory"
+    assert len(found["racs"].step_ms) == 3
     assert gc.isenabled()
+    line = optimizers.describe("some", EVERYBODY["racs"], found, {"bound_ms": 1.0})
+    assert line["to_adamw"] is None and line["to_rivals"] == {}
+
+
+def test_groups_that_are_measured_stay_whatever_happens_to_the_next(tmp_path, monkeypatch, capsys):
+    """And the command fails for a mistake of ours, not for a card that is too small."""
+    out = tmp_path / "record.json"
+    line = {"group": "one", "name": "racs", "config": "racs", "error": "OutOfMemoryError: too large"}
+
+    def stops(*_):
+        yield [line], {"bytes_per_second": 1.0}
+        raise KeyboardInterrupt
+
+    words = ["optimizers", "--model", "llama_tiny", "--only", "racs", "--out", str(out)]
+    monkeypatch.setattr(benchmark.module("optimizers"), "measure", stops)
+    assert benchmark.main(words) == 130
+    assert json.loads(out.read_text())["contestants"] == [line]
+    for error, code in (("OutOfMemoryError: too large", 0), ("RuntimeError: a mistake", 1)):
+        found = [[{**line, "error": error}], {}]
+        monkeypatch.setattr(benchmark.module("optimizers"), "measure", lambda *_, found=found: iter([found]))
+        assert benchmark.main(words) == code
+        assert f"error: racs: {error}" in capsys.readouterr().err
 
 
 def bases(optimizer):

@@ -87,3 +87,10 @@ def test_auto_rows_depend_on_the_model_and_on_the_gpu(monkeypatch, model, gib, r
     assert micro_batch_rows(cfg, 512, torch.device("cpu")) == 16
     cfg.trainer.micro_batch_size = 128
     assert micro_batch_rows(cfg, 512, torch.device("cuda")) == 128
+
+
+def test_too_few_refreshes_are_told_of():
+    short = make_plan(compose(["optimizer=alice", "model=llama_60m", "trainer.steps=1000"])).text
+    assert "every 200 steps, 6 times in 1,000 steps" in short and "optimizer.update_interval=20 would" in short
+    for settings in (["trainer.steps=1000", "optimizer.update_interval=20"], []):
+        assert "made anew" not in make_plan(compose(["optimizer=alice", "model=llama_60m", *settings])).text

@@ -2,8 +2,11 @@
 
 import os
 import shlex
+import shutil
+import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 
@@ -31,7 +34,6 @@ def suite(tmp_path, monkeypatch):
         methods=("racs",),
         data=None,
         tokenizer=None,
-        wheels=(),
         deadline=time.monotonic() + 600,
     )
 
@@ -219,10 +221,53 @@ def test_the_whole_plan_can_be_asked_for(suite, monkeypatch):
             assert benchmark.main(job.command[2:]) == 0
         if job.stage == "comparison":
             validate(compose(job.command[2:]))
-    assert len(asked) == 10 and {found.model for found in asked} >= {"llama_60m", "llama_350m", "llama_1b"}
+    assert len(asked) == 9 and {found.model for found in asked} >= {"llama_60m", "llama_350m", "llama_1b"}
     runs = [job for job in planned if job.stage == "comparison"]
     assert len({compose(job.command[2:]).trainer.steps for job in runs}) == 1
     assert len({job.run for job in runs}) == len(runs) == len(suite.adam_rates) + len(suite.methods)
+
+
+def test_a_short_comparison_refreshes_as_often_as_the_papers_runs():
+    assert gpu_suite.refreshes("alice", 1_000) == ["optimizer.update_interval=20"]
+    assert gpu_suite.refreshes("galore", 40) == ["optimizer.update_interval=1"]
+    assert gpu_suite.refreshes("fira", 20_000) == ["optimizer.update_interval=200"]
+    assert gpu_suite.refreshes("soap", 10_000) == ["optimizer.update_interval=10"]
+    assert gpu_suite.refreshes("racs", 1_000) == []
+
+
+def test_packages_from_wheels_are_there_before_anything_is_imported(tmp_path):
+    """The machine may lack what the suite itself imports."""
+    wheels, work = tmp_path / "wheels", tmp_path / "work"
+    wheels.mkdir()
+    trace = "import os, pathlib\npathlib.Path(os.environ['TRACE']).open('a').write('x')\n"
+    with zipfile.ZipFile(wheels / "probe-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sitecustomize.py", trace)
+        wheel.writestr("probe-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1.0\n")
+        wheel.writestr("probe-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("probe-1.0.dist-info/RECORD", "")
+    words = [
+        "--minutes",
+        "2",
+        "--tiny",
+        "--device",
+        "cpu",
+        "--dry-run",
+        "--work",
+        str(work),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command = [sys.executable, str(gpu_suite.ROOT / "scripts/gpu_suite.py"), *words, "--wheels", str(wheels)]
+    for started in (1, 2):  # the second time there is nothing to install
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "TRACE": str(tmp_path / "trace")}
+        )
+        assert done.returncode == 0 and "comparison" in done.stdout, done.stderr
+        assert (tmp_path / "trace").read_text() == "x" * started
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    shutil.rmtree(work)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "fetch those of this Python" in done.stderr and not (work / "site").exists()
 
 
 def test_every_switch_is_a_setting_of_the_trainer():
@@ -246,7 +291,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys):
     words = ["--minutes", "90", "--dry-run", "--out", str(out), "--work", str(tmp_path / "work")]
     assert script.main(words) == 0
     text = capsys.readouterr().out
-    for name in ("tests/devices", "optimizers/llama_1b_fp32", "training/llama_130m", "comparison/alice"):
+    for name in ("tests/devices", "optimizers/llama_1b_bf16", "training/llama_130m", "comparison/alice"):
         assert f"min  {name}" in text
     assert not out.exists() and not (tmp_path / "work").exists() and str(tmp_path) not in text
 
@@ -255,7 +300,9 @@ def test_without_the_device_nothing_is_begun(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "MACHINE", "raise ValueError('no such device')")
     words = ["--minutes", "1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert script.main(words) == 1
-    assert capsys.readouterr().err == "error: the device cuda cannot be used: no such device\n"
+    assert capsys.readouterr().err == (
+        "error: the device cuda cannot be used (no such device): see python scripts/doctor.py, or try --device cpu --tiny.\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

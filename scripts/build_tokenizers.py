@@ -4,8 +4,8 @@
 
 Both see the sample's training split only, line by line. Byte-pair encoding was chosen because it needs fewer
 tokens than the unigram model on the validation split (by 2 % at 1,024 pieces, 1 % at 4,096). Text is not
-normalised and unknown characters fall back to bytes, so that decoding gives back exactly what was encoded.
-The ids of the special pieces are T5's: pad 0, eos 1, unk 2, no bos.
+normalised and unknown characters fall back to bytes, so that decoding gives back what was encoded
+(but U+2581, which becomes a space). The ids of the special pieces are T5's: pad 0, eos 1, unk 2, no bos.
 """
 
 from __future__ import annotations

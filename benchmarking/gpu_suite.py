@@ -150,8 +150,8 @@ def optimizer_benchmarks(suite: Suite) -> Iterator[Job]:
         yield benchmark("llama_tiny", "fp32", 0.3, "--only", "racs", "--repeats", "2", "--refreshes", "1")
         return
     # in float32, the 1.3B matrices with all optimizers of a group need more than 80 GB
-    sizes = {"llama_60m": (2, "bf16", "fp32"), "llama_350m": (4, "bf16", "fp32"), "llama_1b": (8, "bf16")}
-    for model, (minutes, *dtypes) in sizes.items():
+    both = ("bf16", "fp32")
+    for model, minutes, dtypes in (("llama_60m", 2, both), ("llama_350m", 4, both), ("llama_1b", 8, ("bf16",))):
         for dtype in dtypes:
             yield benchmark(model, dtype, minutes)
 
@@ -235,7 +235,7 @@ def comparison(suite: Suite) -> Iterator[Job]:
 def refreshes(method: str, steps: int) -> list[str]:
     """A fiftieth of the steps between refreshes, as in the paper's runs, where a method's own interval is longer."""
     file = ROOT / "configs" / "optimizer" / f"{method}.yaml"
-    interval = OmegaConf.load(file).get("update_interval") if file.is_file() else None
+    interval = OmegaConf.select(OmegaConf.load(file), "update_interval") if file.is_file() else None
     return [f"optimizer.update_interval={max(1, min(interval, steps // 50))}"] if interval else []
 
 

@@ -180,7 +180,8 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
                 "lower the learning rate or clip the gradient"
             ) from None
     if A.ndim > 2 and len(A) > 1:  # a stack, of which one may have failed
-        return tuple(torch.cat(some) for some in zip(*map(_eigh, A.split(1)), strict=True))
+        values, vectors = zip(*map(_eigh, A.split(1)), strict=True)
+        return torch.cat(values), torch.cat(vectors)
     wide = A.cpu().double()
     for jitter in (0.0, 1e-10):
         try:

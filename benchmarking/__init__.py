@@ -8,5 +8,6 @@ solvers     which QR, eigenvectors and complement columns a refresh should take
 scaling     steps on several processes; `traffic` counts their messages, `prediction` extends them to more GPUs
 structures  how well each optimizer's structure fits the Fisher matrix of a real model (scripts/fisher_report.py)
 gpu_suite   all that a GPU is needed for, within a given time (scripts/gpu_suite.py)
+wheels      packages for a machine without a network
 record      the file that is written
 """

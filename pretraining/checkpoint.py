@@ -96,7 +96,7 @@ def save(
             time.sleep(0.5)
         if not partial.is_dir():  # the writer would make one, on the disk of this machine
             raise FileNotFoundError(
-                f"{partial} was made by the first rank and is not on this machine: put run_dir on a disk that all nodes share"
+                f"{partial.name} is not seen on this machine: put run_dir on a disk that all nodes share"
             )
 
     try:

@@ -108,10 +108,13 @@ def run(asked: argparse.Namespace) -> int:
         "environment": machine,
         "contestants": [],
     }
+    replaces = out.is_file()  # a whole record, which an interrupted measurement must not replace
     for lines, speeds in measure(groups, shapes, device, dtype, rank, asked.repeats, asked.refreshes):
         record["contestants"] += lines
         record["settings"] |= {**speeds, "seconds": time.monotonic() - began}
-        records.write(record, out)  # what is measured stays, whatever happens to the groups after it
+        if not replaces:
+            records.write(record, out)  # what is measured stays, whatever happens to the groups after it
+    records.write(record, out)
     print(aligned(optimizer_table(records.rounded(record))))
     print(f"\n{record['settings']['seconds']:.0f} s: {out}")
     failed = [line for line in record["contestants"] if line["config"] and "error" in line]

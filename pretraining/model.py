@@ -157,6 +157,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def weight_dtype(precision: str) -> torch.dtype:
+    """Of weights and gradients, for bf16, bf16_mixed or fp32."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

@@ -767,7 +767,7 @@ def make_accelerator(device: torch.device) -> Accelerator:
     # Buffers are constants (rotary frequencies), and gradients need not lie in memory twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # The others wait while the first rank checks and hashes a checkpoint: 80 GB at 150 MB/s take NCCL's usual ten minutes.
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    patient = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
     # Precision is ours to choose: what `accelerate config` left on the machine must not change a run unnoticed.
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp, patient])
     if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):

@@ -4,6 +4,7 @@ The other tests of this folder compute on the CPU. Where there is a GPU, these a
 solvers and draws work on it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def flat(model: torch.nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in {"any", *NO_FLOAT64}])
-def test_float32_follows_float64(name: str, device: str) -> None:
+def test_float32_follows_float64(name: str, device: str, library: Callable[[str], None]) -> None:
+    library(name)
     exact, moved = train(name, "cpu", torch.float64), train(name, device, torch.float32)
     assert exact.norm() > 0
     assert (moved - exact).norm() < TOLERANCE.get(name, 2e-3) * exact.norm()
@@ -85,6 +87,7 @@ def test_float32_follows_float64(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "any"])
-def test_bfloat16_moves_and_stays_finite(name: str, device: str) -> None:
+def test_bfloat16_moves_and_stays_finite(name: str, device: str, library: Callable[[str], None]) -> None:
+    library(name)
     moved = train(name, device, torch.bfloat16)
     assert moved.isfinite().all() and moved.norm() > 0

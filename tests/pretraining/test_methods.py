@@ -30,7 +30,8 @@ SMALL = [
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_learns_quietly(name, tmp_path, capfd):
+def test_it_learns_quietly(name, library, tmp_path, capfd):
+    library(name)
     more = ["optimizer.target=torch.optim.RMSprop", "optimizer.lr=0.001"] if name == "any" else []
     file = (CONFIGS / "optimizer" / f"{name}.yaml").read_text()
     for key, value in (("rank", 8), ("leading", 4), ("update_interval", 7)):

@@ -20,7 +20,13 @@ from pretraining.trainer import train
 from .test_trainer import ALICE, ROOT, TINY, config, lines
 
 PATIENCE = 60  # seconds
-STEPS = ["trainer.steps=40", "trainer.save_every=2", "trainer.keep_last=99", "trainer.eval_every=40"]
+STEPS = [
+    "trainer.steps=40",
+    "trainer.save_every=2",
+    "trainer.keep_last=99",
+    "trainer.eval_every=40",
+    "trainer.device=cpu",
+]
 
 
 def children(pid: int) -> dict[int, int]:

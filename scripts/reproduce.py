@@ -4,10 +4,12 @@
     python scripts/reproduce.py table2 --size 60m --dry-run          what is there, what is missing, how long it takes
     python scripts/reproduce.py table2 --optimizers alice,racs --seeds 42,43
     python scripts/reproduce.py table5 --launcher "accelerate launch --num_processes 8"
+    python scripts/reproduce.py table2 --size 1b --list | xargs -L 1 sbatch scripts/slurm/train.sbatch
+    python scripts/reproduce.py table2 --size 1b --collect           what those jobs have finished
 
-Arguments of the form key=value go to train.py. One run after the other, in runs/paper/<experiment>/s<seed>; a run that
-was stopped goes on from its checkpoint. The record of a finished run is copied to results/runs/paper/<experiment>/s<seed>.
-A run that fails is reported and the others go on; the exit code is then 1.
+Arguments of the form key=value go to train.py. One run after the other, in runs/paper/<experiment>/s<seed> (paths.runs=DIR:
+in DIR/paper/...); a run that was stopped goes on from its checkpoint. The record of a finished run is copied to
+results/runs/paper/<experiment>/s<seed>. A run that fails is reported and the others go on; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -34,7 +36,6 @@ from reporting.paper.records import misfits  # noqa: E402
 from reporting.terminal import printing  # noqa: E402
 
 WHAT = ("table2", "table4", "table5", "figure5", "figure6")
-RUNS = Path("runs/paper")
 STOPPED = 75  # exit code of train.py after a signal: the state is saved
 
 
@@ -44,6 +45,7 @@ class Job:
 
     Attributes:
         name: below both folders: experiment and seed.
+        folder: of the run itself, as train.py is told.
         state: "recorded", "finished" (its record is not copied yet), "stopped" or "missing".
         note: for people.
         steps, done: of the optimizer.
@@ -53,6 +55,7 @@ class Job:
     experiment: Experiment
     seed: int
     name: str
+    folder: Path
     state: str
     note: str
     steps: int
@@ -79,11 +82,12 @@ def selected(what: str, sizes: Sequence[str], optimizers: Sequence[str]) -> list
 def look(experiment: Experiment, seed: int, tag: str, settings: Sequence[str], root: Path) -> Job:
     """How far a run is, from its record or its run folder."""
     name = f"{experiment.name}/s{seed}{'-' + tag if tag else ''}"
-    job = Job(experiment, seed, name, "missing", "", experiment.steps)
+    runs = [s.partition("=")[2] for s in settings if s.startswith("paths.runs=")] or ["runs"]
+    job = Job(experiment, seed, name, Path(runs[-1]) / "paper" / name, "missing", "", experiment.steps)
     if settings:
         trainer, data = _composed(experiment, seed, settings)
         job.steps, job.tokens_per_step = trainer.steps, trainer.batch_size * data.length
-    for folder, ended in ((root / RECORDS / name, "recorded"), (root / RUNS / name, "finished")):
+    for folder, ended in ((root / RECORDS / name, "recorded"), (root / job.folder, "finished")):
         if not (folder / "config.yaml").is_file():
             continue
         run = load_run(folder)
@@ -160,10 +164,14 @@ class Terminated(BaseException):
     """SIGTERM came, to this process alone."""
 
 
+def arguments(job: Job, settings: Sequence[str]) -> list[str]:
+    """What train.py is told of a run."""
+    return [f"experiment={job.experiment.name}", f"seed={job.seed}", f"run_dir={job.folder.as_posix()}", *settings]
+
+
 def train(job: Job, trainer: Sequence[str], settings: Sequence[str], root: Path) -> int:
     """One run to its end; its exit code."""
-    arguments = [f"experiment={job.experiment.name}", f"seed={job.seed}", f"run_dir={(RUNS / job.name).as_posix()}"]
-    command = [*trainer, *arguments, *settings]
+    command = [*trainer, *arguments(job, settings)]
     print(f"\n$ {shlex.join(command)}", flush=True)
     with subprocess.Popen(command, cwd=root) as process:
         try:
@@ -179,7 +187,7 @@ def train(job: Job, trainer: Sequence[str], settings: Sequence[str], root: Path)
 
 def keep(job: Job, root: Path) -> None:
     """Copy the record of a finished run to the results, whole or not at all."""
-    source, target = root / RUNS / job.name, root / RECORDS / job.name
+    source, target = root / job.folder, root / RECORDS / job.name
     new = target.with_name(target.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -209,7 +217,7 @@ def work(jobs: Sequence[Job], trainer: Sequence[str], settings: Sequence[str], r
                 failed[job.name] = f"ended with exit code {code}"
                 print(f"error: {job.name} ended with exit code {code}; going on with the others", file=sys.stderr)
                 continue
-            if not (root / RUNS / job.name / "summary.json").is_file():
+            if not (root / job.folder / "summary.json").is_file():
                 failed[job.name] = "wrote no summary.json"
                 continue
         keep(job, root)
@@ -243,7 +251,14 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence
         "--tokens-per-second", type=_speeds, default={}, metavar="N", help="of your machine; or by size: 60m=N,1b=N"
     )
     parser.add_argument("--price-per-hour", type=_positive, metavar="P", help="of the whole machine")
-    parser.add_argument("--dry-run", action="store_true", help="stop after the estimate")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="stop after the estimate")
+    instead.add_argument(
+        "--list", action="store_true", help="print what train.py would be told of each run to do, a line each, and stop"
+    )
+    instead.add_argument(
+        "--collect", action="store_true", help="train nothing: keep the records of what has ended, refresh the tables"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for train.py")
     asked = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     if asked.what is None:
@@ -272,7 +287,14 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence
     except (OSError, ValueError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    if asked.list:
+        for job in jobs:
+            if job.state in ("stopped", "missing"):
+                print(shlex.join(arguments(job, asked.settings)))
+        return 0
     print(report(jobs, speeds, asked.price_per_hour), flush=True)
+    if asked.collect:
+        jobs = [job for job in jobs if job.state == "finished"]
     if asked.dry_run:
         return 0
     try:

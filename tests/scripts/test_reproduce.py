@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -190,6 +191,27 @@ def wait_for(file: Path, process: subprocess.Popen[Any]) -> None:
         assert process.poll() is None
         time.sleep(0.1)
     raise AssertionError(f"{file} never appeared")
+
+
+def test_jobs_of_a_cluster_are_listed_and_collected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = f"paths.runs={place / 'far away'}"
+    assert reproduce(place, *RACS_AND_ADAM, elsewhere, "--list") == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [dict(word.split("=", 1) for word in line) for line in lines] == [
+        {
+            "experiment": f"table2/{name}", "seed": "42", "run_dir": f"{place}/far away/paper/table2/{name}/s42",
+            "paths.runs": f"{place}/far away",
+        }
+        for name in ("adam_60m", "racs_60m")
+    ]  # fmt: skip
+    assert not calls(place)
+    subprocess.run([sys.executable, "trainer.py", *lines[1]], cwd=place, check=True)  # one job ends
+    assert reproduce(place, *RACS_AND_ADAM, elsewhere, "--collect") == 0
+    assert "1 ended, 1 to do" in capsys.readouterr().out and len(calls(place)) == 1
+    assert (place / "results/runs/paper/table2/racs_60m/s42/summary.json").is_file()
+    assert not (place / "results/runs/paper/table2/adam_60m").exists() and not (place / "runs").exists()
+    assert reproduce(place, *RACS_AND_ADAM, elsewhere, "--list") == 0
+    assert capsys.readouterr().out == shlex.join(lines[0]) + "\n"
 
 
 def test_settings_change_the_estimate_and_a_tag_the_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

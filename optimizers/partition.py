@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OUTPUT = re.compile(r"^(?:\w+\.)?(?:lm_head|embed_out|output_projection|unembed\w*|output|score|classifier)\.weight$")
-_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")
+_OUTPUT = re.compile(  # some at any depth; others, which attention layers use for something else, near the top alone
+    r"(?:^|\.)(?:lm_head|embed_out|unembed\w*)\.weight$"
+    r"|^(?:\w+\.)?(?:output_projection|output|score|classifier)\.weight$"
+)
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def partition(
@@ -30,7 +34,8 @@ def partition(
 
     As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters but
     embeddings and the output layer; those, norms and biases go to Adam. Frozen parameters are left out, shared
-    ones appear once (an output layer that shares the embedding's weight is an embedding).
+    ones appear once (an output layer that shares the embedding's weight is an embedding). Weights of three
+    dimensions, as experts that are stored together, go to Adam with a warning, unless ``adam`` names them.
 
     Args:
         model: any module; wrappers (DDP, torch.compile) are looked through.
@@ -82,6 +87,13 @@ def partition(
     others = [(name, p) for name, p in parameters.items() if not is_matrix(name, p)]
     if not candidate:
         raise ValueError("the model has no trainable matrix outside embeddings and output layer; use Adam alone")
+    stacks = [name for name, p in others if p.ndim == 3 and not any(re.search(pattern, name) for pattern in adam)]
+    if stacks:
+        warnings.warn(
+            f"weights of three dimensions ({len(stacks)}, such as {stacks[0]}) go to Adam: make each of their matrices a "
+            "parameter of its own if the matrix method is to have them, or name them in adam",
+            stacklevel=2,
+        )
     groups: list[dict[str, Any]] = [{"params": candidate, "adam": False}]
     if others:
         groups.append(
@@ -132,4 +144,4 @@ def _output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor 
         layer = getattr(module, "get_output_embeddings", lambda: None)()
         if layer is not None:
             return getattr(layer, "weight", None)
-    return next((p for name, p in parameters.items() if _OUTPUT.match(name)), None)
+    return next((p for name, p in parameters.items() if _OUTPUT.search(name)), None)

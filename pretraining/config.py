@@ -484,6 +484,8 @@ def run_door(function: Callable[[DictConfig], Any], root: str = "train", argv: S
     rank 0 alone says it; an error while running may belong to one rank, which then says so under its number, after
     giving rank 0 the time to report a common one.
     """
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder: where the file of optimizer.target=my_file.Mine lies
     rank = int(os.environ.get("RANK") or 0)
     tracebacks = any(os.environ.get(name) == "1" for name in ("HYDRA_FULL_ERROR", "RACS_ALICE_TRACEBACK"))
     try:

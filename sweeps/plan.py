@@ -30,7 +30,7 @@ A *search* lets Optuna choose (search.py); each optimizer has its own, of equall
       span: 10                            # a number v below stands for the range v / 10 to 10 v
       seed: 0                             # of the sampler
       prune: median                       # runs that look bad: median | halving | none
-      prune_from: 1000                    # not before this step
+      prune_from: 1000                    # not before this step; or of each model, {llama_60m: 2000, llama_130m: 4000}
       ranges: {adam: {lr: 0.001}, alice: {lr: 0.02, scale: 0.3, adam_lr: [0.0005, 0.05]}}
 
 Names without a dot are the optimizer's. All ranges are logarithmic; the first run is at the middle of each. Any plan may have
@@ -87,13 +87,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Search:
-    """What Optuna searches: ``ranges`` by optimizer and dotted setting, (lowest, highest), on a log scale."""
+    """What Optuna searches: ``ranges`` by optimizer and dotted setting, (lowest, highest), on a log scale.
+
+    ``prune_from`` is a step, or one for each model.
+    """
 
     trials: int
     ranges: Mapping[str, Mapping[str, tuple[float, float]]]
     seed: int = 0
     prune: str = "none"
-    prune_from: int = 0
+    prune_from: int | Mapping[str, int] = 0
 
 
 @dataclass(frozen=True)
@@ -314,9 +317,14 @@ def _search_plan(given: Mapping[str, Any], path: Path, only: list[str] | None) -
         )
     if len(given.get("seeds", [42])) != 1:
         raise ValueError(f"{path}: the runs of a search have one seed, not {given['seeds']}: give one.")
-    counts = {"trials": 1, "seed": 0, "prune_from": 0}
-    for key, least in counts.items():
-        value = search.get(key, least)
+    start = search.get("prune_from", 0)
+    if isinstance(start, dict) and start.keys() != set(given.get("models") or ()):
+        raise ValueError(
+            f"{path}: prune_from of search must be one number, or name each of models once, not {start!r}."
+        )
+    counts = [("trials", 1, search["trials"]), ("seed", 0, search.get("seed", 0))]
+    counts += [("prune_from", 0, value) for value in (start.values() if isinstance(start, dict) else [start])]
+    for key, least, value in counts:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{path}: {key} of search must be a whole number from {least} on, not {value!r}.")
     if search.get("prune", "none") not in PRUNERS:

@@ -121,7 +121,7 @@ class SearchSweep(Sweep):
             study = study or optuna.load_study(storage=storage, study_name=title)
         except KeyError:
             return None
-        study.pruner = self._pruner()
+        study.pruner = self._pruner(model)
         for _ in range(20):  # its maker may be about to write them
             there = study.user_attrs.get("ranges")
             if there is not None:
@@ -144,12 +144,13 @@ class SearchSweep(Sweep):
             self._storage = optuna.storages.JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
         return self._storage
 
-    def _pruner(self) -> optuna.pruners.BasePruner:
+    def _pruner(self, model: str | None) -> optuna.pruners.BasePruner:
         pruners, search = _optuna().pruners, self.search
+        start = search.prune_from if isinstance(search.prune_from, int) else search.prune_from[str(model)]
         if search.prune == "median":
-            return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=search.prune_from)
+            return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=start)
         if search.prune == "halving":
-            return pruners.SuccessiveHalvingPruner(min_resource=max(1, search.prune_from), reduction_factor=3)
+            return pruners.SuccessiveHalvingPruner(min_resource=max(1, start), reduction_factor=3)
         return pruners.NopPruner()
 
     def _trial(self, job: Job) -> optuna.Trial:

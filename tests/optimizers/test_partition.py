@@ -1,5 +1,7 @@
 """Which parameter goes where, on models of several makers."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +50,14 @@ def test_conv1d_of_gpt2_and_position_embeddings():
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(adam)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda m: nn.ModuleDict({"module": m})])
+def with_checkpoints(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: nn.ModuleDict({"module": m}), with_checkpoints])
 def test_wrappers_change_no_name(wrap):
     model = llama()
     assert names(partition(wrap(model), verbose=False)) == names(partition(model, verbose=False))
@@ -58,6 +67,25 @@ def test_output_layer_of_a_plain_module_is_known_by_name():
     model = nn.ModuleDict({"tok": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "output": nn.Linear(4, 10, bias=False)})
     assert names(partition(model, verbose=False))[0] == ["body.weight"]
     assert names(partition(model, last_layer="candidate", verbose=False))[0] == ["body.weight", "output.weight"]
+
+
+def test_an_output_layer_deep_inside_is_known_where_its_name_says_enough():
+    inner = nn.ModuleDict(
+        {"lm_head": nn.Linear(4, 10, bias=False), "attention": nn.ModuleDict({"output": nn.Linear(4, 4)})}
+    )
+    matrix, adam = names(partition(nn.ModuleDict({"a": nn.ModuleDict({"b": inner})}), verbose=False))
+    assert matrix == ["a.b.attention.output.weight"]
+    assert adam == ["a.b.lm_head.weight", "a.b.attention.output.bias"]
+
+
+def test_experts_that_are_stored_together_go_to_adam_with_a_warning():
+    model = nn.ModuleDict({"up": nn.Linear(4, 4, bias=False), "moe": nn.Module()})
+    model["moe"].experts = nn.Parameter(torch.zeros(3, 4, 4))
+    with pytest.warns(UserWarning, match=r"of three dimensions \(1, such as moe.experts\) go to Adam"):
+        assert names(partition(model, verbose=False)) == [["up.weight"], ["moe.experts"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        partition(model, adam=["experts"], verbose=False)
 
 
 def test_every_trainable_parameter_once():

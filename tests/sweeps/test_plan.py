@@ -193,6 +193,9 @@ def test_the_papers_search_is_the_same_for_all_methods_around_the_published_rate
         for model in plan.models:
             recipe = yaml.safe_load((ROOT / "configs" / "recipe" / f"{method}-{model}.yaml").read_text())
             assert math.sqrt(low * high) == pytest.approx(recipe["optimizer"]["lr"])
+            trainer, start = recipe["trainer"], plan.search.prune_from
+            first = start if isinstance(start, int) else start[model]
+            assert first == 2 * trainer["warmup_fraction"] * trainer["steps"]
 
 
 def test_the_committed_grid_of_make_compare_is_the_promised_one():

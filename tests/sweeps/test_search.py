@@ -141,6 +141,13 @@ def test_nothing_is_pruned_before_the_step_that_the_plan_names(search, tmp_path)
     assert looked == [{}] and states(sweep)["alice-t006"] == "RUNNING"
 
 
+def test_each_model_may_have_its_own_first_step_of_pruning(tmp_path):
+    start = {"llama_60m": 2000, "llama_130m": 4000}
+    found = load_plan(write(tmp_path, GIVEN | {"prune": "median", "prune_from": start}, models=list(start)))
+    sweep = SearchSweep(found, tmp_path / "out")
+    assert [sweep._pruner(model)._n_warmup_steps for model in start] == [2000, 4000]
+
+
 def test_a_diverged_run_counts_as_the_worst(search, tmp_path):
     (tmp_path / "diverge").write_text("alice-t001")
     sweep = run(search(trials=4))
@@ -225,6 +232,7 @@ def test_ranges_are_given_by_a_middle_and_a_span_or_by_their_ends(tmp_path):
         ({"sampler": "tpe"}, "search needs trials and ranges"),
         ({"trials": 0}, "trials of search must be a whole number from 1"),
         ({"prune_from": 0.5}, "prune_from of search must be a whole number"),
+        ({"prune_from": {"llama_60m": 5}}, "prune_from of search must be one number, or name each of models once"),
         ({"prune": "best"}, "prune must be one of median, halving, none, not 'best'"),
         ({"ranges": {"alice": None}}, "ranges must name optimizers"),
         ({"ranges": {"alice": {"lr": [0.2, 0.02]}}}, "must be a range of positive numbers"),

@@ -182,7 +182,9 @@ class PreparedSource(Source):
             else:
                 content = np.fromfile(path, np.uint8)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}): put it right, or delete it and {AGAIN}."
+            ) from error
         tokens = content[: 2 * entry["tokens"]].view("<u2")
         ends = content[entry["bytes"] - 8 * entry["documents"] :].view("<u8")
         if entry["index"] not in self._verified:

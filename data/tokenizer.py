@@ -195,7 +195,7 @@ def _head(text: str, characters: int) -> str:
 
 
 def _fast_tokenizer(model: bytes) -> Any:
-    """A `tokenizers.Tokenizer` that encodes exactly as the SentencePiece `model`, without added special
+    """A `tokenizers.Tokenizer` that gives the ids of the SentencePiece `model`, without added special
     tokens.
 
     Built from the model's own fields, because the converters of `transformers` go by the architecture and

@@ -81,7 +81,7 @@ def on_matrices(groups: list[dict[str, Any]], target: str, lr: float | Tensor, *
         matrix = cls([p for _, p in groups[0]["params"]], lr=lr, **options)
     except Exception as error:
         accepted = ", ".join(name for name in inspect.signature(cls).parameters if name not in ("params", "lr"))
-        raise ValueError(f"{target} does not start: {error}; its options are lr, {accepted}") from error
+        raise ValueError(f"{target} does not start: {error}; give it options that it takes: lr, {accepted}") from error
     if isinstance(matrix, MatrixOptimizer) and any("estimator" in group for group in matrix.param_groups):
         raise ValueError("Sophia gets its estimates under its own names; use optimizer=sophia_h or sophia_g")
     matrix.param_groups[0].setdefault("param_names", [name for name, _ in groups[0]["params"]])

@@ -72,7 +72,7 @@ def partition(
     for pattern in (*matrices, *adam):
         if not any(re.search(pattern, name) for name in parameters):
             raise ValueError(
-                f"the pattern {pattern!r} matches no trainable parameter; the names are like "
+                f"the pattern {pattern!r} matches no trainable parameter: correct it; the names are like "
                 + ", ".join(list(parameters)[:3])
             )
 

@@ -155,7 +155,11 @@ def train(command: Sequence[str], folder: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     code = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
     if code != 0 or not (ROOT / folder / "summary.json").is_file():
-        print(f"error: the training ended with exit code {code} and without a summary; see above.", file=sys.stderr)
+        print(
+            f"error: the training ended with exit code {code} and without a summary: mend what it says above, or try a "
+            "smaller --lr.",
+            file=sys.stderr,
+        )
         return False
     run = load_run(ROOT / folder)
     steps = run.setting("trainer.steps")

@@ -191,7 +191,10 @@ def _write(folder: Path, repository: Repository, verified: dict[str, dict[str, A
     try:
         write_manifest(folder, repository.name, repository.revision, verified)
     except OSError as error:
-        raise UserError(f"{folder / MANIFEST} cannot be written ({error.strerror or error}).") from error
+        raise UserError(
+            f"{folder / MANIFEST} cannot be written ({error.strerror or error}): put it right and run again; what was "
+            "fetched stays."
+        ) from error
 
 
 def _is_verified(folder: Path, file: HubFile, verified: dict[str, dict[str, Any]]) -> bool:

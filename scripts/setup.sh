@@ -15,7 +15,7 @@ suitable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <
 
 python=
 if [ -n "${PYTHON:-}" ]; then
-    command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a command on this machine."
+    command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a command on this machine: give the path of a Python 3.11 to 3.13, or leave PYTHON out."
     suitable "$PYTHON" || fail "Python 3.11, 3.12 or 3.13 is needed; PYTHON=$PYTHON is" \
         "$("$PYTHON" --version 2>/dev/null | grep -i '^python' || echo another program)."
     python=$PYTHON

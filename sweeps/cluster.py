@@ -196,7 +196,9 @@ class Cluster:
         try:
             executor.update_parameters(**{key: value for key, value in self.options.items() if key not in own})
         except (NameError, TypeError, ValueError) as error:
-            raise ValueError(f"submitit refuses an option: {error}") from error
+            raise ValueError(
+                f"submitit refuses an option ({error}): correct the plan's slurm, the file of --slurm or --option"
+            ) from error
         return executor
 
     def _noted(self) -> dict[str, list[str]]:

@@ -43,7 +43,11 @@ def main() -> int:
         print(f"torchrun: {signal.Signals(error.sigval).name} received", file=sys.stderr, flush=True)
         return INTERRUPTED
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
-        print(f"torchrun: another node is gone or was never reached ({error})", file=sys.stderr, flush=True)
+        print(
+            f"torchrun: another node is gone or was never reached ({error}); submit the same command again if the job ends",
+            file=sys.stderr,
+            flush=True,
+        )
         return LOST_CONTACT
     return 0
 

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, T5's layout, and the same ids after a round trip through transformers."""
+"""Tokenizers: text that comes back, T5's layout, and the same ids after a round trip through transformers."""
 
 from __future__ import annotations
 

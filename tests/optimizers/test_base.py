@@ -421,7 +421,7 @@ def test_zero_and_tiny_gradients_stay_finite():
         (lambda m: create("any", m, target="optimizers.Sophia", lr=1), "use optimizer=sophia_h"),
         (
             lambda m: create("any", m, target="torch.optim.SGD", lr=1, options={"lrs": 1}),
-            "its options are lr, momentum",
+            "give it options that it takes: lr, momentum",
         ),
         (lambda m: create("adam_mini", m), "needs model.config.num_attention_heads"),
         (lambda m: create("adam_mini", m, adam_eps=1e-6), "leave out adam_eps"),

@@ -1,7 +1,7 @@
 """Write the report of the fair comparison, results/fair/README.md and its figures, from the records in results/runs.
 
-    python scripts/fair_report.py           page and figures, whatever has run so far
-    python scripts/fair_report.py --check   fail if the committed page disagrees with the records
+    python scripts/fair_report.py           page and figures, whatever has run so far; the effects in docs/deviations.md
+    python scripts/fair_report.py --check   fail if a committed page disagrees with the records
 
 The rules are in docs/fair_comparison.md, the plans in configs/sweep/fair_*.yaml. Seconds, nothing is trained.
 """
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
+from reporting.fair.deviations import fill  # noqa: E402
 from reporting.fair.figures import available, draw  # noqa: E402
 from reporting.fair.page import page, write  # noqa: E402
 from reporting.fair.records import Asked, Plans, load_fair  # noqa: E402
@@ -27,6 +28,7 @@ from reporting.paper.page import sections  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
 
 PLANS = ROOT / "configs" / "sweep"
+AGAIN = "make it again with python scripts/fair_report.py"
 SWEEPS = (
     "fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat", "fair_adam", "fair_long"
 )  # fmt: skip
@@ -93,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--figures", type=Path, default=ROOT / "results" / "figures" / "fair", help="default results/figures/fair"
     )
     parser.add_argument(
+        "--deviations", type=Path, default=ROOT / "docs" / "deviations.md", help="default docs/deviations.md"
+    )
+    parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if the page disagrees with the records"
     )
     asked = parser.parse_args(argv)
@@ -105,14 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         fair = load_fair(records, plans(records, PLANS))
         names = available(fair)
         text = write(page(fair, out, [figures / f"{name}.png" for name in names]))
+        choices = asked.deviations.read_text(encoding="utf-8")
         if asked.check:
-            return _check(
-                out / "README.md", text, [figures / f"{name}.{end}" for name in names for end in ("png", "svg")]
-            )
+            pictures = [figures / f"{name}.{end}" for name in names for end in ("png", "svg")]
+            wrong = _check(out / "README.md", text, pictures)
+            if fill(choices, fair) != choices:
+                print(
+                    f"error: {shown(asked.deviations)}: an effect disagrees with the records: {AGAIN}.", file=sys.stderr
+                )
+                wrong = 1
+            return wrong
         for name in names:
             draw(name, fair, figures)
         out.mkdir(parents=True, exist_ok=True)
         (out / "README.md").write_text(text, encoding="utf-8")
+        asked.deviations.write_text(fill(choices, fair), encoding="utf-8")
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -122,17 +134,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(file: Path, text: str, pictures: Sequence[Path]) -> int:
-    again = "make it again with python scripts/fair_report.py"
     if not file.is_file():
-        print(f"error: {shown(file)} is missing: {again}.", file=sys.stderr)
+        print(f"error: {shown(file)} is missing: {AGAIN}.", file=sys.stderr)
         return 1
     there, made = sections(file.read_text(encoding="utf-8")), sections(text)
     wrong = [title for title in dict.fromkeys([*made, *there]) if made.get(title) != there.get(title)]
     for title in wrong:
-        print(f'error: {shown(file)}, "{title}": disagrees with the records: {again}.', file=sys.stderr)
+        print(f'error: {shown(file)}, "{title}": disagrees with the records: {AGAIN}.', file=sys.stderr)
     missing = [path for path in pictures if not path.is_file()]
     for path in missing:
-        print(f"error: {shown(path)} is missing: {again}.", file=sys.stderr)
+        print(f"error: {shown(path)} is missing: {AGAIN}.", file=sys.stderr)
     if wrong or missing:
         return 1
     print(f"{shown(file)} and {len(pictures)} pictures: the page agrees with the records.")

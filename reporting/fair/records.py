@@ -291,12 +291,12 @@ def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, 
         first = None if target is None or math.isinf(target) else _first(common, target)
         settled = there[name] and there.get(reference, False)
         asked = len(fair.asked(sweep, model, name))
-        pair = paired(_by_seed(runs.get(reference, [])), _by_seed(runs[name])) if name != reference else None
+        pair = paired(by_seed(runs.get(reference, [])), by_seed(runs[name])) if name != reference else None
         rows.append(Row(name, runs[name], asked, pairs.get(name), settled, first, total, pair))
     return sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity) if ordered else rows
 
 
-def _by_seed(runs: Sequence[Run]) -> dict[int, float]:
+def by_seed(runs: Sequence[Run]) -> dict[int, float]:
     """Final losses."""
     return {run.seed: math.log(run.perplexity) for run in runs if run.seed is not None}
 

@@ -17,6 +17,7 @@ from scipy.optimize import minimize_scalar
 from reporting.fair.answer import answer
 from reporting.fair.axes import unfinished
 from reporting.fair.circumstances import made, progress
+from reporting.fair.deviations import effect, fill
 from reporting.fair.figures import available, draw
 from reporting.fair.gains import at_end, batch_runs, best_at, gains, owed, settled
 from reporting.fair.page import page, summary, write
@@ -579,3 +580,38 @@ def test_pictures_are_drawn_of_what_there_is(fair, tmp_path):
     drawn = partial(draw, fair=fair, folder=tmp_path)
     for name in ("curves", "speedup", "memory", "group_rate", "sensitivity", "ablations"):
         assert all(path.stat().st_size > 1000 for path in drawn(name))
+
+
+# docs/deviations.md ------------------------------------------------------------------------------------------------------
+
+
+def short(text: str) -> str:
+    """Without intervals: a spread of 1e-17 has one too."""
+    return re.sub(r" \[[^]]*]", "", text)
+
+
+def test_the_effects_of_open_choices_are_filled_in(fair):
+    """Perplexities of the small world: no_warmup 0.99 times plain Alice's, nothing 1.2 times, whatever the seed."""
+    text = (
+        "# `nothing`\n| What | Effect |\n|---|---|\n| a | `no_warmup`, `nothing` |\n| b | `alice` is plain |\n| c | – |"
+    )
+    filled = fill(text, fair)
+    assert short(filled) == text.replace(
+        "`no_warmup`, `nothing`", "`no_warmup`: -0.010 / -0.010; `nothing`: +0.182 / +0.182"
+    )
+    assert fill(filled, fair) == filled
+    less = without(fair, f"*/{TINY_4K}/no_warmup-*")
+    assert "| a | `no_warmup`: -0.010 / not run; `nothing`: +0.182 / +0.182 |" in short(fill(filled, less))
+
+
+def test_an_effect_is_that_of_common_seeds_with_its_own_interval(fair):
+    few = without(fair, f"*/{TINY}/no_warmup-s45", f"*/{TINY_4K}/alice-*")
+    assert short(effect(few, "no_warmup")) == "-0.010 (2 of 3 seeds) / not run"
+    folders = [f"fair_ablations/{TINY}/no_warmup-s{seed}" for seed in (43, 44, 45)]
+    spread = fair
+    for folder, factor in zip(folders, (1.0, 1.1, 1.2), strict=True):
+        spread = changed(spread, folder, perplexity=fair.ended[folder].perplexity * factor)
+    logs = [math.log(0.99 * factor) for factor in (1.0, 1.1, 1.2)]
+    low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert effect(spread, "no_warmup").startswith(f"{sum(logs) / 3:+.3f} [{low:+.3f}, {high:+.3f}] / ")
+    assert effect(changed(fair, folders[0], diverged=5), "no_warmup").startswith("1 of 3 diverged / ")

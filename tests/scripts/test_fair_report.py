@@ -24,6 +24,7 @@ def written(tmp_path_factory):
         write_plans(root / "plans"),
         lambda sweep, job, name: perplexity(sweep, job, name) if sweep in only else None,
     )
+    (root / "deviations.md").write_text("| Warm-up | `no_warmup` |\n")
     (root / "runs/fair_rates/sweep.yaml").write_text(
         yaml.safe_dump({"command": "python scripts/sweep.py fair_rates --jobs 2 data.path=/home/me/text", "jobs": 2})
     )
@@ -41,7 +42,8 @@ def root(written, tmp_path, monkeypatch):
 
 
 def arguments(root, *more):
-    return ["--records", str(root / "runs"), "--out", str(root / "fair"), "--figures", str(root / "figures"), *more]
+    places = {"records": "runs", "out": "fair", "figures": "figures", "deviations": "deviations.md"}
+    return [*(word for key, name in places.items() for word in (f"--{key}", str(root / name))), *more]
 
 
 def test_the_page_and_its_pictures_are_written(written):
@@ -71,6 +73,16 @@ def test_the_check_passes_writes_nothing_and_fails_naming_what_disagrees(root, c
     page.unlink()
     assert command.main(arguments(root, "--check")) == 1
     assert "README.md is missing" in capsys.readouterr().err
+
+
+def test_an_effect_that_disagrees_with_the_records_fails_the_check(root, capsys):
+    page = root / "deviations.md"
+    assert page.read_text() == "| Warm-up | `no_warmup`: not run |\n"
+    page.write_text("| Warm-up | `no_warmup`: -0.100 / -0.100 |\n")
+    assert command.main(arguments(root, "--check")) == 1
+    assert "deviations.md: an effect disagrees with the records" in capsys.readouterr().err
+    assert command.main(arguments(root)) == 0
+    assert page.read_text() == "| Warm-up | `no_warmup`: not run |\n"
 
 
 def test_a_picture_that_is_missing_fails_the_check(root, capsys):

@@ -149,3 +149,7 @@ def test_the_rates_to_begin_with_are_the_best_of_stage_1():
     for name, numbers in said.items():
         best = [plan.best(model, name, sweep.results) for model in ("llama_tiny", "llama_tiny_4k")]
         assert [f"{rate:g}" for pair in zip(*best, strict=True) for rate in pair] == list(numbers), name
+
+
+def test_the_committed_pages_agree_with_the_records(capsys):
+    assert command.main(["--check"]) == 0, capsys.readouterr().err

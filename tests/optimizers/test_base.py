@@ -437,6 +437,46 @@ def test_mistakes_end_in_a_sentence(build, message):
         build(network())
 
 
+def test_a_scaler_leaves_out_a_step_that_overflows():
+    """docs/optimizers.md: with its counters, so that the next one is the one that would have been made."""
+    plain, scaled = network(), network()
+    ours, theirs = (create("alice", model, verbose=False, **SMALL) for model in (plain, scaled))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for k in range(5):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(k))
+        for p in scaled.parameters():
+            p.grad = None
+        loss = scaled(x).tanh().square().sum()
+        scaler.scale(loss * math.inf if k == 2 else loss).backward()
+        scaler.unscale_(theirs)
+        scaler.step(theirs)
+        scaler.update()
+        if k != 2:
+            ours.zero_grad()
+            plain(x).tanh().square().sum().backward()
+            ours.step()
+    assert scaler.get_scale() == 2 and same(weights(plain), weights(scaled))
+
+
+def test_optimizers_of_single_parameters_draw_by_their_names():
+    """docs/optimizers.md: the same gradient, so that only the columns of a switch tell two matrices apart."""
+    torch.manual_seed(0)
+    start = torch.randn(8, 12)
+    gradients = [torch.randn(8, 12) for _ in range(7)]
+    options = {"rank": 4, "leading": 1, "update_interval": 2, "lr": 0.1}
+
+    def moved(*names):
+        params = [nn.Parameter(start.clone()) for _ in names]
+        optimizers = [Alice([(name, p)] if name else [p], **options) for name, p in zip(names, params, strict=True)]
+        for gradient in gradients:
+            for p, optimizer in zip(params, optimizers, strict=True):
+                p.grad = gradient.clone()
+                optimizer.step()
+        return params
+
+    assert torch.equal(*moved(None, None)) and not torch.equal(*moved("layers.0.q", "layers.1.q"))
+
+
 def test_diverged_gradients_are_named_at_a_refresh():
     p = nn.Parameter(torch.zeros(6, 9))
     optimizer = Alice([p], **SMALL)

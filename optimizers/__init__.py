@@ -4,6 +4,8 @@ Gong, Scetbon, Ma, Meeds: Towards Efficient Optimizer Design for LLM via Structu
 Low-Rank Extension, arXiv 2502.07752. An independent implementation.
 """
 
+__version__ = "0.1.0"
+
 from .alice import Alice
 from .apollo import Apollo
 from .base import Context, MatrixOptimizer

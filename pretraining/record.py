@@ -249,6 +249,19 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     replace_text(file, json.dumps(values, indent=2) + "\n")
 
 
+def write_report(file: Path, values: Mapping[str, Any]) -> None:
+    """The file that a user has asked for; its folder is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, values)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror or error}): choose another file") from error
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old or the new one, never a part."""
     temporary = file.with_name(file.name + ".new")

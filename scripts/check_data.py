@@ -107,7 +107,7 @@ def check(asked: argparse.Namespace, words: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
     from pretraining.config import compose, quoted
-    from pretraining.record import write_json
+    from pretraining.record import write_report
 
     cfg = compose([quoted(word) for word in asked.settings])
     data: dict[str, Any] = {**OmegaConf.to_container(cfg.data, resolve=True), "tokenizer": cfg.tokenizer}  # type: ignore[dict-item]
@@ -144,7 +144,7 @@ def check(asked: argparse.Namespace, words: Sequence[str]) -> int:
                 record["cases"].append({"rows": rows, "data": kind, "how": name, "workers": w, "identical": same})
     record |= {"steps": asked.steps, "batch_size": asked.batch_size, "identical": identical}
     if asked.json:
-        write_json(asked.json, record)
+        write_report(asked.json, record)
     return 0 if identical else 1
 
 

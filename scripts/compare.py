@@ -41,12 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = difference(*map(load_side, asked.runs))
         if asked.json is not None:
+            asked.json.parent.mkdir(parents=True, exist_ok=True)
             asked.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except ImportError as error:
         print(f"error: {error}: install the packages of requirements.txt.", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}: give folders that can be read, and a --json that can be written.", file=sys.stderr)
         return 1
     print(difference_text(found))
     return 0

@@ -14,6 +14,7 @@ from data.errors import UserError
 from pretraining import checkpoint
 from pretraining.config import compose, validate
 from pretraining.evaluation import evaluate, galore_perplexity, row_losses, target_count
+from pretraining.record import write_report
 from pretraining.restore import evaluate_saved, open_saved
 from pretraining.schedule import rate_factor, set_rates
 from pretraining.trainer import NonFiniteLoss, Trainer, make_plan, train, write_text
@@ -197,6 +198,13 @@ def test_eval_reproduces_the_last_perplexity(run):
         result = evaluate_saved(compose([f"checkpoint={path}"], root="eval"))
         assert result.perplexity == expected["perplexity"]
         assert result.perplexity_galore == expected["perplexity_galore"]
+
+
+def test_a_report_makes_its_folder_or_says_that_it_cannot(tmp_path):
+    write_report(tmp_path / "a/b/report.json", {"loss": 1.5})
+    assert json.loads((tmp_path / "a/b/report.json").read_text()) == {"loss": 1.5}
+    with pytest.raises(UserError, match="report.json/new.json cannot be written .*: choose another file"):
+        write_report(tmp_path / "a/b/report.json/new.json", {})
 
 
 def test_generation_and_transformers_open_the_model(run):

@@ -81,8 +81,11 @@ def test_a_pattern_without_quotes_is_explained(runs, capsys):
 
 
 def test_a_file_that_cannot_be_written(runs, tmp_path, capsys):
-    assert compare.main([*runs, "--json", str(tmp_path / "no/folder.json")]) == 1
-    assert "no/folder.json" in capsys.readouterr().err
+    assert compare.main([*runs, "--json", str(tmp_path / "new/folder.json")]) == 0
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    assert compare.main([*runs, "--json", str(tmp_path / "file/difference.json")]) == 1
+    assert "that can be written" in capsys.readouterr().err
 
 
 def test_as_a_command_from_another_folder(runs, tmp_path):

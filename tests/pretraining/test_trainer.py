@@ -203,7 +203,7 @@ def test_eval_reproduces_the_last_perplexity(run):
 def test_a_report_makes_its_folder_or_says_that_it_cannot(tmp_path):
     write_report(tmp_path / "a/b/report.json", {"loss": 1.5})
     assert json.loads((tmp_path / "a/b/report.json").read_text()) == {"loss": 1.5}
-    with pytest.raises(UserError, match="report.json/new.json cannot be written .*: choose another file"):
+    with pytest.raises(UserError, match=r"report.json/new.json cannot be written .*: choose another file"):
         write_report(tmp_path / "a/b/report.json/new.json", {})
 
 

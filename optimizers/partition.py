@@ -35,7 +35,7 @@ def partition(
     As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters but
     embeddings and the output layer; those, norms and biases go to Adam. Frozen parameters are left out, shared
     ones appear once (an output layer that shares the embedding's weight is an embedding). Weights of three
-    dimensions, as experts that are stored together, go to Adam with a warning, unless ``adam`` names them.
+    dimensions, as experts that are stored together, go to Adam with a warning, unless ``matrices`` or ``adam`` say so.
 
     Args:
         model: any module; wrappers (DDP, torch.compile) are looked through.
@@ -87,12 +87,17 @@ def partition(
     others = [(name, p) for name, p in parameters.items() if not is_matrix(name, p)]
     if not candidate:
         raise ValueError("the model has no trainable matrix outside embeddings and output layer; use Adam alone")
-    stacks = [name for name, p in others if p.ndim == 3 and not any(re.search(pattern, name) for pattern in adam)]
-    if stacks:
+    kernels = {id(p) for module in model.modules() if "Conv" in type(module).__name__ for p in module.parameters()}
+    stacks = [
+        name
+        for name, p in others
+        if p.ndim == 3 and min(p.shape) > 1 and id(p) not in kernels and not any(re.search(a, name) for a in adam)
+    ]
+    if stacks and not matrices and os.environ.get("RANK", "0") == "0":
         warnings.warn(
             f"weights of three dimensions ({len(stacks)}, such as {stacks[0]}) go to Adam: make each of their matrices a "
             "parameter of its own if the matrix method is to have them, or name them in adam",
-            stacklevel=2,
+            stacklevel=3,
         )
     groups: list[dict[str, Any]] = [{"params": candidate, "adam": False}]
     if others:

@@ -87,8 +87,8 @@ def _open(cfg: DictConfig, path: Path, run_dir: Path, run: DictConfig) -> Saved:
         attention = choose_attention(run.model.get("attn_implementation", "auto"))  # as in the run, to the last digit
         model = open_model(folder, weight_dtype(precision), attention)
         model.to(device)  # type: ignore[arg-type]
-        if device.type != "cpu":  # the run's frequencies were computed there, and differ from a CPU's in the last digit
-            model.model.rotary_emb = type(model.model.rotary_emb)(model.config, device=device)
+        with torch.device(device):  # as in the run: frequencies computed elsewhere may differ in the last digit
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} pieces, but the model {model.config.vocab_size:,}:"

@@ -126,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         (out / "README.md").write_text(text, encoding="utf-8")
         asked.deviations.write_text(fill(choices, fair), encoding="utf-8")
     except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {error}" + (": put it right and run again" if isinstance(error, OSError) else ""), file=sys.stderr
+        )
         return 1
     done = f"{len(fair.runs())} of {len(fair.asked())} runs"
     print(f"{shown(out / 'README.md')}: {done}; {len(names)} figures in {shown(figures)}")

@@ -4,7 +4,7 @@
     python scripts/reproduce.py table2 --size 60m --dry-run          what is there, what is missing, how long it takes
     python scripts/reproduce.py table2 --optimizers alice,racs --seeds 42,43
     python scripts/reproduce.py table5 --launcher "accelerate launch --num_processes 8"
-    python scripts/reproduce.py table2 --size 1b --list | xargs -L 1 sbatch scripts/slurm/train.sbatch
+    python scripts/reproduce.py table2 --size 1b --list | xargs -r -L 1 sbatch scripts/slurm/train.sbatch
     python scripts/reproduce.py table2 --size 1b --collect           what those jobs have finished
 
 Arguments of the form key=value go to train.py. One run after the other, in runs/paper/<experiment>/s<seed> (paths.runs=DIR:
@@ -82,11 +82,11 @@ def selected(what: str, sizes: Sequence[str], optimizers: Sequence[str]) -> list
 def look(experiment: Experiment, seed: int, tag: str, settings: Sequence[str], root: Path) -> Job:
     """How far a run is, from its record or its run folder."""
     name = f"{experiment.name}/s{seed}{'-' + tag if tag else ''}"
-    runs = [s.partition("=")[2] for s in settings if s.startswith("paths.runs=")] or ["runs"]
-    job = Job(experiment, seed, name, Path(runs[-1]) / "paper" / name, "missing", "", experiment.steps)
+    job = Job(experiment, seed, name, Path("runs/paper", name), "missing", "", experiment.steps)
     if settings:
-        trainer, data = _composed(experiment, seed, settings)
-        job.steps, job.tokens_per_step = trainer.steps, trainer.batch_size * data.length
+        cfg = _composed(experiment, seed, settings)
+        job.folder = Path(cfg.paths.runs, "paper", name)
+        job.steps, job.tokens_per_step = cfg.trainer.steps, cfg.trainer.batch_size * cfg.data.length
     for folder, ended in ((root / RECORDS / name, "recorded"), (root / job.folder, "finished")):
         if not (folder / "config.yaml").is_file():
             continue
@@ -102,13 +102,13 @@ def look(experiment: Experiment, seed: int, tag: str, settings: Sequence[str], r
     return job
 
 
-def _composed(experiment: Experiment, seed: int, settings: Sequence[str]) -> tuple[Any, Any]:
-    """What train.py would make of it: its trainer and data settings. UserError if it would refuse them."""
+def _composed(experiment: Experiment, seed: int, settings: Sequence[str]) -> Any:
+    """What train.py would make of it. UserError if it would refuse it."""
     from pretraining.config import compose, quoted, validate
 
     cfg = compose([f"experiment={experiment.name}", f"seed={seed}", *map(quoted, settings)])
     validate(cfg)
-    return cfg.trainer, cfg.data
+    return cfg
 
 
 # ---------------------------------------------------------------------------------------------- the estimate
@@ -285,7 +285,9 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence
     try:
         jobs = [look(e, seed, asked.tag or "", asked.settings, root) for e in experiments for seed in asked.seeds]
     except (OSError, ValueError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {error}" + ("; put it right and try again" if isinstance(error, OSError) else ""), file=sys.stderr
+        )
         return 2 if isinstance(error, UserError) else 1
     if asked.list:
         for job in jobs:

@@ -318,7 +318,7 @@ def _search_plan(given: Mapping[str, Any], path: Path, only: list[str] | None) -
     if len(given.get("seeds", [42])) != 1:
         raise ValueError(f"{path}: the runs of a search have one seed, not {given['seeds']}: give one.")
     start = search.get("prune_from", 0)
-    if isinstance(start, dict) and start.keys() != set(given.get("models") or ()):
+    if isinstance(start, dict) and (not start or start.keys() != set(given.get("models") or ())):
         raise ValueError(
             f"{path}: prune_from of search must be one number, or name each of models once, not {start!r}."
         )

@@ -19,14 +19,19 @@ def fill(page: str, fair: Fair) -> str:
     """The page with its effects as the records have them.
 
     A table's last cell that names variants of the ablations, in code quotes, holds their effects and nothing else.
+
+    Raises:
+        ValueError: a cell names variants, and something that is none.
     """
     known = set(fair.names(SWEEP)) - {PLAIN, *AGAINST.values()}
 
     def row(line: str) -> str:
         start, bar, last = line.removesuffix("|").rpartition("|")
         names = re.findall(r"`(\w+)`", last)
-        if not bar or not names or not known.issuperset(names):
+        if not bar or not known.intersection(names):
             return line
+        if strange := [name for name in names if name not in known]:
+            raise ValueError(f"{strange[0]} is no variant of {SWEEP}: correct the line that begins with {line[:30]!r}")
         return f"{start}| {'; '.join(f'`{name}`: {effect(fair, name)}' for name in names)} |"
 
     return "\n".join(row(line) if line.startswith("|") else line for line in page.split("\n"))
@@ -44,7 +49,8 @@ def effect(fair: Fair, name: str) -> str:
         mean, reach = fmean(variant[seed] - plain[seed] for seed in common), paired(plain, variant).interval
         text = f"{mean:+.3f}" + (f" [{reach[0]:+.3f}, {reach[1]:+.3f}]" if reach else "")
         if not isfinite(mean):
-            text = f"{sum(isinf(variant[seed]) for seed in common)} of {len(common)} diverged"
+            lost, plainly = (sum(isinf(each[seed]) for seed in common) for each in (variant, plain))
+            text = f"{lost} of {len(common)} diverged" + (f", of the default {plainly}" if plainly else "")
         asked = len(fair.asked(SWEEP, model, name))
         found.append(text + (f" ({len(common)} of {asked} seeds)" if len(common) < asked else ""))
     return " / ".join(found) if set(found) != {NOT_RUN} else NOT_RUN

@@ -59,8 +59,8 @@ def with_checkpoints(model):
 
 @pytest.mark.parametrize("wrap", [torch.compile, lambda m: nn.ModuleDict({"module": m}), with_checkpoints])
 def test_wrappers_change_no_name(wrap):
-    model = llama()
-    assert names(partition(wrap(model), verbose=False)) == names(partition(model, verbose=False))
+    expected = names(partition(llama(), verbose=False))
+    assert names(partition(wrap(llama()), verbose=False)) == expected
 
 
 def test_output_layer_of_a_plain_module_is_known_by_name():
@@ -78,7 +78,8 @@ def test_an_output_layer_deep_inside_is_known_where_its_name_says_enough():
     assert adam == ["a.b.lm_head.weight", "a.b.attention.output.bias"]
 
 
-def test_experts_that_are_stored_together_go_to_adam_with_a_warning():
+def test_experts_that_are_stored_together_go_to_adam_with_a_warning(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
     model = nn.ModuleDict({"up": nn.Linear(4, 4, bias=False), "moe": nn.Module()})
     model["moe"].experts = nn.Parameter(torch.zeros(3, 4, 4))
     with pytest.warns(UserWarning, match=r"of three dimensions \(1, such as moe.experts\) go to Adam"):
@@ -86,6 +87,13 @@ def test_experts_that_are_stored_together_go_to_adam_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         partition(model, adam=["experts"], verbose=False)
+        partition(model, matrices=["up"], verbose=False)
+        other = nn.ModuleDict({"up": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 3), "vit": nn.Module()})
+        other["vit"].position = nn.Parameter(torch.zeros(1, 5, 4))
+        other["vit"].scale = nn.Parameter(torch.zeros(5, 1, 4))
+        partition(other, verbose=False)
+        monkeypatch.setenv("RANK", "1")
+        partition(model, verbose=False)
 
 
 def test_every_trainable_parameter_once():

@@ -615,3 +615,14 @@ def test_an_effect_is_that_of_common_seeds_with_its_own_interval(fair):
     low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     assert effect(spread, "no_warmup").startswith(f"{sum(logs) / 3:+.3f} [{low:+.3f}, {high:+.3f}] / ")
     assert effect(changed(fair, folders[0], diverged=5), "no_warmup").startswith("1 of 3 diverged / ")
+    lost = changed(fair, f"fair_ablations/{TINY}/alice-s43", diverged=5)
+    assert effect(lost, "no_warmup").startswith("0 of 3 diverged, of the default 1 / ")
+    with pytest.raises(ValueError, match="no_warmop is no variant of fair_ablations: correct the line"):
+        fill("| a | `no_warmop`, `nothing` |", fair)
+
+
+def test_every_open_choice_of_the_plan_has_its_effect_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs/deviations.md").read_text(encoding="utf-8")
+    last = [line.removesuffix("|").rpartition("|")[2] for line in page.splitlines() if line.startswith("|")]
+    filled = {name for cell in last for name in re.findall(r"`(\w+)`: ", cell)}
+    assert filled == {*CHOICES, "alice_last_layer", "galore_last_layer", "racs_no_ema"}

@@ -193,7 +193,9 @@ def wait_for(file: Path, process: subprocess.Popen[Any]) -> None:
     raise AssertionError(f"{file} never appeared")
 
 
-def test_jobs_of_a_cluster_are_listed_and_collected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_of_a_cluster_are_listed_and_collected(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = f"paths.runs={place / 'far away'}"
     assert reproduce(place, *RACS_AND_ADAM, elsewhere, "--list") == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
@@ -212,6 +214,13 @@ def test_jobs_of_a_cluster_are_listed_and_collected(place: Path, capsys: pytest.
     assert not (place / "results/runs/paper/table2/adam_60m").exists() and not (place / "runs").exists()
     assert reproduce(place, *RACS_AND_ADAM, elsewhere, "--list") == 0
     assert capsys.readouterr().out == shlex.join(lines[0]) + "\n"
+    monkeypatch.setenv("RUNS", str(place / "far away"))
+    assert (
+        reproduce(place, *RACS_AND_ADAM, "paths.runs=${oc.env:RUNS}", "--list") == 0
+    )  # the same place by another name
+    assert capsys.readouterr().out.split()[0] == "experiment=table2/adam_60m"
+    assert reproduce(place, "table2", "--size", "60m", "--optimizers", "racs", "++" + elsewhere, "--list") == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_settings_change_the_estimate_and_a_tag_the_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,8 @@ def job(tmp_path):
     for folder in (stubs, log):
         folder.mkdir()
 
-    def start(*words, code=0, state="RUNNING", srun=SRUN, **more):
+    def start(*words, code=0, state="RUNNING", srun=SRUN, settings=True, **more):
+        words = words or (("optimizer=racs",) if settings else ())
         for name, text in (("srun", srun), ("scontrol", SCONTROL)):
             (stubs / name).write_text(text)
             (stubs / name).chmod(0o755)
@@ -177,6 +178,7 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_it_waits_for_them(job, num
     ("words", "more", "said"),
     [
         ((), {"SLURM_JOB_ID": None}, "this is a job script: sbatch scripts/slurm/train.sbatch"),
+        ((), {"settings": False}, "no settings are given: sbatch scripts/slurm/train.sbatch optimizer=alice"),
         ((), {"SLURM_SUBMIT_DIR": "/"}, "there is no train.py in /"),
         ((), {"SLURM_GPUS_ON_NODE": None}, "the job has no GPUs"),
         ((), {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a command here"),

@@ -81,6 +81,8 @@ def partition(
             return False
         if matrices:
             return any(re.search(pattern, name) for pattern in matrices)
+        if name.endswith("bias"):  # of experts that are stored together, a row each
+            return False
         return id(p) not in embeddings and (p is not output or last_layer == "candidate")
 
     candidate = [(name, p) for name, p in parameters.items() if is_matrix(name, p)]

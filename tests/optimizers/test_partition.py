@@ -82,8 +82,9 @@ def test_experts_that_are_stored_together_go_to_adam_with_a_warning(monkeypatch)
     monkeypatch.delenv("RANK", raising=False)
     model = nn.ModuleDict({"up": nn.Linear(4, 4, bias=False), "moe": nn.Module()})
     model["moe"].experts = nn.Parameter(torch.zeros(3, 4, 4))
+    model["moe"].experts_bias = nn.Parameter(torch.zeros(3, 4))
     with pytest.warns(UserWarning, match=r"of three dimensions \(1, such as moe.experts\) go to Adam"):
-        assert names(partition(model, verbose=False)) == [["up.weight"], ["moe.experts"]]
+        assert names(partition(model, verbose=False)) == [["up.weight"], ["moe.experts", "moe.experts_bias"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         partition(model, adam=["experts"], verbose=False)

@@ -202,3 +202,15 @@ def test_the_committed_grid_of_make_compare_is_the_promised_one():
     plan = load_plan(ROOT / "configs/sweep/compare.yaml")
     assert plan.adam_lr == (0.001, 0.005, 0.02) and plan.optimizers == ["adam", "muon", "racs", "alice"]
     assert len(plan.jobs({})) == 36
+
+
+def test_the_plan_for_a_class_of_ones_own_in_the_docs(tmp_path):
+    text = (ROOT / "docs/add_your_optimizer.md").read_text(encoding="utf-8")
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.partition("```yaml\n# mine.yaml")[2].partition("\n")[2].partition("```")[0])
+    jobs = load_plan(file).jobs({})
+    assert len(jobs) == 27
+    own = [job.arguments() for job in jobs if job.optimizer == "any"]
+    expected = {"optimizer=any", "optimizer.target=my_file.Mine", "+optimizer.options={momentum: 0.9}"}
+    assert len(own) == 9 and all(expected <= set(arguments) for arguments in own)
+    assert not any("target" in word for job in jobs if job.optimizer != "any" for word in job.arguments())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from scripts import write_experiments
 from scripts.write_experiments import files
 
 TABLES = json.loads((CONFIGS.parent / "results" / "paper" / "tables.json").read_text())
+PEERS = json.loads((CONFIGS.parent / "results" / "paper" / "peers.json").read_text())
 SIZES = {"60m": "60M", "130m": "130M", "350m": "350M", "1b": "1.3B"}
 LM_HEAD = {"60m": "32000x512", "130m": "32000x768", "350m": "32000x1024", "1b": "32000x2048"}
 # Appendix F.7; what a name does not say here is as in Table 11
@@ -72,6 +74,14 @@ def published(optimizer: str, size: str) -> dict[str, Any]:
     """The method's numbers in Tables 7 to 9 and 11."""
     if optimizer == "muon":
         return {"lr": 0.02, "momentum": 0.95, "nesterov": True, "ns_steps": 5, "adam_lr": 3e-4}  # of its own code
+    if optimizer in ("apollo_mini", "apollo_svd"):  # of its own publication
+        place = list(SIZES).index(size)
+        peer = PEERS["apollo_2412.05270"]
+        ranks = peer["rank"]["Mini" if optimizer == "apollo_mini" else "APOLLO"]
+        # "1 below 1B; 1B: ... APOLLO w. SVD 0.4; Mini sqrt(128) (... 192 for 130M)"
+        scale = math.sqrt(192 if size == "130m" else 128) if optimizer == "apollo_mini" else 0.4 if size == "1b" else 1
+        shared = {key: peer["hyper"][key] for key in ("lr", "limiter", "betas", "eps")}
+        return shared | {"rank": ranks[place], "scale": pytest.approx(scale, rel=1e-8), "update_interval": 200}
     number = {"galore": 7, "fira": 7, "adam": 8, "racs": 9, "alice": 11, "alice_0": 11}[optimizer]
     table = TABLES[f"table{number}"]
     row = dict(zip(table["columns"], table["rows"][SIZES[size]], strict=True))
@@ -130,7 +140,10 @@ def test_the_check_of_the_files_writes_nothing_and_names_what_is_wrong(
 
 
 def test_table_2_has_an_experiment_for_every_printed_number_of_a_method_that_we_run() -> None:
-    rows = {"Adam": "adam", "GaLore": "galore", "Fira": "fira", "RACS": "racs", "Alice-0": "alice_0", "Alice": "alice"}
+    rows = {
+        "Adam": "adam", "GaLore": "galore", "Fira": "fira", "Apollo-mini": "apollo_mini", "Apollo-svd": "apollo_svd",
+        "RACS": "racs", "Alice-0": "alice_0", "Alice": "alice",
+    }  # fmt: skip
     wanted = {f"table2/muon_{size}" for size in SIZES}
     for row, optimizer in rows.items():
         for size, column in SIZES.items():
@@ -138,7 +151,7 @@ def test_table_2_has_an_experiment_for_every_printed_number_of_a_method_that_we_
             wanted |= {f"table2/{optimizer}_{size}"} if printed["ppl_star"] is not None else set()
             wanted |= {f"table2/{optimizer}_{size}_candidate"} if printed["ppl"] is not None else set()
     assert wanted == {name for name in NAMES if name.startswith("table2/")}
-    assert len(wanted) == 44
+    assert len(wanted) == 52
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,7 +218,7 @@ def test_the_command_line_beats_an_experiment() -> None:
 
 @pytest.mark.parametrize("name", ["table2/alice_61m", "table2", "../model/llama_60m", "table2/"])
 def test_names_that_do_not_exist_are_explained(name: str) -> None:
-    with pytest.raises(UserError, match=r"table2/NAME \(44 of them\)"):
+    with pytest.raises(UserError, match=r"table2/NAME \(52 of them\)"):
         compose([f"experiment={name}"])
 
 

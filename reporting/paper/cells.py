@@ -18,7 +18,8 @@ from .numbers import CITED, load_paper
 RECORDS = Path("results/runs/paper")  # from the root of the repository
 
 SIZES = {"60m": "60M", "130m": "130M", "350m": "350M", "1b": "1.3B"}  # ours -> the paper's
-OPTIMIZERS = ("adam", "galore", "fira", "muon", "racs", "alice_0", "alice")  # of Table 2, config names
+# Of Table 2, config names
+OPTIMIZERS = ("adam", "galore", "fira", "apollo_mini", "apollo_svd", "muon", "racs", "alice_0", "alice")
 
 
 @dataclass(frozen=True)

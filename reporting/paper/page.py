@@ -154,7 +154,7 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory, fair: st
         "scripts/tables.py --check` fails if it disagrees with them.",
         f"**{len(filled)} of {len(cells)} cells with a perplexity of the paper have been run here** (cells without a record "
         'say "not run"; Figure 6\'s two, which are curves, are not counted). Every perplexity that the authors ran names the '
-        "command that fills it, cited ones only where the paper gives hyper-parameters. `python train.py "
+        "command that fills it, cited ones where hyper-parameters are known. `python train.py "
         "experiment=table2/alice_60m` is the whole command of a cell; `python scripts/reproduce.py table2 --size 60m` "
         "estimates time and cost, runs what "
         "is missing, files the records under `results/runs/paper/<experiment>/s<seed>/` and makes this page again. A "

@@ -211,7 +211,7 @@ def _recorded(run: Run, key: str) -> bool:
 
 def _hyper_parameters(experiment: Experiment) -> dict[str, Any]:
     if experiment.optimizer not in _TABLES:
-        return {}  # Muon: its numbers were not published
+        return {}  # Muon, Apollo: not in this paper
     table = load_paper().tables[_TABLES[experiment.optimizer]]
     size = SIZES[experiment.model.removeprefix("llama_")]
     row: Mapping[str, Any] = dict(zip(table["columns"], table["rows"][size], strict=True))

@@ -18,7 +18,7 @@ from pathlib import Path
 from .. import units
 from ..records import Run
 from ..text import NOT_RUN, markdown
-from .cells import CELLS, EXPERIMENTS, Cell
+from .cells import CELLS, EXPERIMENTS, OPTIMIZERS, Cell
 from .numbers import SIZES, Paper
 from .records import RUNS, Filling, basis_similarities, fill
 
@@ -44,19 +44,17 @@ def table2(paper: Paper, root: Path = RUNS) -> Table:
     rows = []
     for cell in _cells("table2"):
         rows.append([cell.row, cell.column + (" (cited)" if cell.cited else ""), *line(cell, paper, root)])
-    for row, sizes in paper.tables["table2"]["rows"].items():
-        if row in ("Adam (cited)", "Apollo-mini", "Apollo-svd"):
-            for size in SIZES:
-                rows.append([row, f"{size}* (cited)", f"{sizes[size]['ppl_star']:.2f}", *["–"] * 5])
+    for size, values in paper.tables["table2"]["rows"]["Adam (cited)"].items():
+        rows.append(["Adam (cited)", f"{size}* (cited)", f"{values['ppl_star']:.2f}", *["–"] * 5])
     order = ["Adam", "Adam (cited)", "GaLore", "Fira", "Apollo-mini", "Apollo-svd", "Muon", "RACS", "Alice-0", "Alice"]
     rows.sort(key=lambda row: order.index(row[0]))  # stable: sizes stay in order
     return Table(
         "table2",
         "Table 2: final perplexity on C4",
-        "A star: Adam trains the last layer (`optimizer.last_layer=adam`, the default). Cited cells are other "
-        "papers' numbers, which the authors did not run; they have a command only where the paper gives hyper-parameters. "
-        "Muon's row is of the ICLR version, which prints no hyper-parameters for it. Table 2 prints two decimals, "
-        "mostly cut off; the difference is to the four decimals of Figures 1 and 2 where they show the run.",
+        "A star: Adam trains the last layer (`optimizer.last_layer=adam`, the default). Cited cells are other papers' "
+        "numbers, which the authors did not run; GaLore's and Fira's commands have this paper's hyper-parameters, Apollo's "
+        "those of its own. Muon's row is of the ICLR version, which prints no hyper-parameters for it. Table 2 prints two "
+        "decimals, mostly cut off; the difference is to the four decimals of Figures 1 and 2 where they show the run.",
         markdown(["method", "size", *HEAD], rows, left=2) + others(_cells("table2"), root),
     )
 
@@ -65,7 +63,7 @@ def table2_overview(paper: Paper, root: Path = RUNS) -> str:
     """Table 2 in its printed shape: "paper / ours" in each cell, a dash for ours where nothing counts."""
     cells = {(cell.row, cell.column): fill(cell, root) for cell in _cells("table2")}
     rows = []
-    for name in ("adam", "galore", "fira", "apollo_mini", "apollo_svd", "muon", "racs", "alice_0", "alice"):
+    for name in OPTIMIZERS:
         row = units.optimizer_name(name)
         texts = []
         for size in SIZES:

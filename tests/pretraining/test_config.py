@@ -310,7 +310,7 @@ def test_what_cannot_be_composed_is_explained(overrides: list[str], words: list[
         (["model.num_attention_heads=7"], "multiple"),
         (
             ["optimizer=lion"],
-            "no recipe for optimizer=lion with model=llama_60m.*adam, alice, alice_0, any, fira.*recipe=none "
+            "no recipe for optimizer=lion with model=llama_60m.*adam, alice, alice_0, any, apollo.*recipe=none "
             "optimizer.lr=... trainer.steps=... trainer.batch_size=...",
         ),
         (["model=llama_7b"], "no recipe for optimizer=alice with model=llama_7b"),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,14 @@ def run(args: argparse.Namespace) -> int:
         people = contestants(args)
         records.refuse_to_lose(out, [one.name for one in people])
         variables = process_environment(args)
-        measure(people, args, shared, Path(folder), variables)
+        replaces = out.is_file()  # a whole record, which an interrupted measurement must not replace
+
+        def keep(rounds: int) -> None:
+            """What is measured stays, whatever happens in the rounds after it."""
+            if rounds > 1 and not replaces:
+                records.write(make_record(people, args, shared, plan, variables, load, rounds), out)
+
+        measure(people, args, shared, Path(folder), variables, keep)
         record = make_record(people, args, shared, plan, variables, load)
     record["settings"]["seconds"] = round(time.monotonic() - began)
     print(table(record))
@@ -265,8 +272,9 @@ def measure(
     shared: Sequence[str],
     folder: Path,
     variables: Mapping[str, str],
+    keep: Callable[[int], None],
 ) -> None:
-    """Let all take turns; figures and errors go to the contestants."""
+    """Let all take turns; figures and errors go to the contestants. After each round ``keep(rounds)`` is called."""
     began = time.monotonic()
 
     def tell(what: str) -> None:
@@ -293,6 +301,7 @@ def measure(
                     tell(f"round {number + 1}, {one.name}: {1000 * one.seconds_per_step[-1]:.1f} ms a step")
                 else:
                     tell(f"round {number + 1}, {one.name}: {one.error}")
+            keep(number + 1)
         for one in people:
             if one.error is None:
                 assert one.process and one.process.stdin
@@ -345,7 +354,9 @@ def make_record(
     plan: Plan,
     variables: Mapping[str, str],
     load: float | None,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
+    """The record; with ``rounds``, that of a session that has made so many and may be stopped at any time."""
     cfg = compose([*shared, "optimizer=adam"])
     peak, flops = peak_flops(plan.device), flops_per_token(cfg.model, plan.parameters, cfg.data.length)
     base = next((one for one in people if one.loop == BASE and one.error is None), None)
@@ -361,7 +372,7 @@ def make_record(
             "rows": cfg.trainer.batch_size,
             "length": cfg.data.length,
             "tokens_per_step": plan.tokens_per_step,
-            "rounds": args.rounds - 1,
+            "rounds": (rounds or args.rounds) - 1,
             "warmup_rounds": 1,
             "steps": args.steps,
             "settle": args.settle,
@@ -374,7 +385,9 @@ def make_record(
         "environment": records.describe_machine(
             plan.device, [without_folder(word) for word in args.words], (), load_average_before=load
         ),
-        "unfair": unfairness(lines, plan.precision),
+        "unfair": [f"stopped after {rounds - 1} of {args.rounds - 1} rounds, losses were not compared"]
+        if rounds
+        else unfairness(lines, plan.precision),
         "contestants": lines,
     }
 

@@ -209,6 +209,32 @@ def test_a_shorter_session_does_not_replace_a_longer_one(tmp_path, monkeypatch):
         training.run(arguments("--rounds", "2", "--rivals", "none", *words))
 
 
+def test_an_interrupted_session_leaves_its_rounds_and_no_older_record_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "COMMAND", (sys.executable, "-c", STUB))
+    hear = training.Contestant.hear
+
+    def interrupted(one):
+        if len(one.seconds_per_step) == 2:
+            raise KeyboardInterrupt
+        return hear(one)
+
+    out = tmp_path / "r.json"
+    words = ["--rounds", "3", "--rivals", "transformers", "--precision", "fp32", "--rows", "2", "--length", "32"]
+    asked = arguments(*words, "--out", str(out), "--shared", *TINY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Contestant, "hear", interrupted)
+        training.run(asked)
+    found = json.loads(out.read_text())
+    assert found["unfair"] == ["stopped after 1 of 2 rounds, losses were not compared"]
+    assert found["settings"]["rounds"] == 1 and [len(line["step_ms"]) for line in found["contestants"]] == [1, 1]
+    assert training.run(asked) == 0
+    whole = out.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Contestant, "hear", interrupted)
+        training.run(asked)
+    assert out.read_bytes() == whole
+
+
 # What is equal ------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from .. import units
 from ..statistics import Verdict, in_general
 from .gains import batch_runs, gain, gains, grown, owed, settled
-from .records import OWED, REFERENCE, Fair, Row, lowest, methods
+from .records import OWED, REFERENCE, Fair, Row, ablations, lowest, methods
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
 NO_CLAIM, NOT_TESTED = "no difference claimed", "not tested"
@@ -15,7 +15,7 @@ NEAR = 0.03  # of configs/sweep/fair_rates.yaml and fair_control.yaml: pairs so 
 
 
 def answer(fair: Fair) -> list[str]:
-    """Three to six sentences; fewer, and saying so, while runs are missing."""
+    """Three to seven sentences; fewer, and saying so, while runs are missing."""
     tables = {model: methods(fair, model) for model in fair.models}
     done, asked = len(fair.runs()), len(fair.asked())
     found = []
@@ -34,7 +34,7 @@ def answer(fair: Fair) -> list[str]:
         found += [_so_far(tables), *_first_look(fair)]
     else:
         found += [*_leaders(ready), *_claims(ready, fair.models)]
-    return [*found, *_gains(fair), *_batches(fair)]
+    return [*found, *_gains(fair), *_batches(fair), *_variants(fair)]
 
 
 def _settled(rows: Iterable[Row]) -> list[Row]:
@@ -219,6 +219,26 @@ def _batches(fair: Fair) -> list[str]:
         "From 2k to 64k tokens a step, at equal numbers of steps and so with 32 times the text, the gain over Adam goes, in "
         f"nats with one seed: {'; '.join(parts)}. Of two matrix rates the better counts, and the Adam group keeps its rate "
         "of 2k, so part of that may be rates."
+    ]
+
+
+def _variants(fair: Fair) -> list[str]:
+    """What the rule says of Alice's parts and of the open choices, once all seeds of all variants have ended."""
+    rows = {model: [row for row in ablations(fair, model) if row.pair is not None] for model in fair.models}
+    if not all(each and all(row.settled for row in each) for each in rows.values()):
+        return []
+    claims: dict[str, list[Verdict | None]] = {}
+    for each in rows.values():
+        for row in each:
+            claims.setdefault(row.name, []).append(_verdict(row.claim or ""))
+    parts = []
+    for word, text in (("worse", "worse than plain Alice"), ("better", "better"), (None, "no difference claimed of")):
+        names = [f"`{name}`" for name, words in claims.items() if set(words) == {word}]
+        parts.append(f"{text} {_and(names) or 'none'}")
+    split = _and([f"`{name}`" for name, words in claims.items() if len(set(words)) > 1])
+    return [
+        f"Of Alice's variants, none tuned by itself, the rule calls, on {_and([f'`{model}`' for model in rows])} alike, {'; '.join(parts)}"
+        f"{f'; the models differ about {split}' if split else ''}."
     ]
 
 

@@ -478,7 +478,7 @@ def test_what_was_not_tuned_is_held_against_stage_1_and_longer_runs_are_listed(f
 
 def test_the_answer_says_what_holds_on_both_models_and_where_they_disagree(fair):
     text = " ".join(answer(fair))
-    assert 3 <= len(answer(fair)) <= 6
+    assert 3 <= len(answer(fair)) <= 7
     assert "Not complete" not in text
     assert "lowest mean perplexity over 3 seeds has Alice on `llama_tiny` (50.00; Adam 60.00: a difference" in text
     assert "and Adam on `llama_tiny_4k` (60.00)" in text
@@ -580,6 +580,21 @@ def test_pictures_are_drawn_of_what_there_is(fair, tmp_path):
     drawn = partial(draw, fair=fair, folder=tmp_path)
     for name in ("curves", "speedup", "memory", "group_rate", "sensitivity", "ablations"):
         assert all(path.stat().st_size > 1000 for path in drawn(name))
+
+
+def test_what_the_rule_says_of_variants_once_all_have_run(fair):
+    """Of the small world's, `nothing` and `tracking_switch` are worse by far, no_warmup better by less than the spread."""
+    (text,) = [each for each in answer(fair) if "variants" in each]
+    assert (
+        "on `llama_tiny` and `llama_tiny_4k` alike, worse than plain Alice `nothing` and `tracking_switch`; better none"
+        in text
+    )
+    assert text.endswith("no difference claimed of `no_warmup`.")
+    assert not any("variants" in each for each in answer(without(fair, "fair_ablations/llama_tiny/nothing-s45")))
+    other = fair
+    for seed, value in ((43, 40.0), (44, 40.1), (45, 40.2)):
+        other = changed(other, f"fair_ablations/{TINY}/no_warmup-s{seed}", perplexity=value)
+    assert any("the models differ about `no_warmup`." in each for each in answer(other))
 
 
 # docs/deviations.md ------------------------------------------------------------------------------------------------------

@@ -236,8 +236,9 @@ def _variants(fair: Fair) -> list[str]:
         names = [f"`{name}`" for name, words in claims.items() if set(words) == {word}]
         parts.append(f"{text} {_and(names) or 'none'}")
     split = _and([f"`{name}`" for name, words in claims.items() if len(set(words)) > 1])
+    models = _and([f"`{model}`" for model in rows])
     return [
-        f"Of Alice's variants, none tuned by itself, the rule calls, on {_and([f'`{model}`' for model in rows])} alike, {'; '.join(parts)}"
+        f"Of Alice's variants, none tuned by itself, the rule calls, on {models} alike, {'; '.join(parts)}"
         f"{f'; the models differ about {split}' if split else ''}."
     ]
 

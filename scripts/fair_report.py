@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--figures", type=Path, default=ROOT / "results" / "figures" / "fair", help="default results/figures/fair"
     )
     parser.add_argument(
-        "--deviations", type=Path, default=ROOT / "docs" / "deviations.md", help="default docs/deviations.md"
+        "--deviations", type=Path, help="page of the open choices; default docs/deviations.md, with --records none"
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if the page disagrees with the records"
@@ -106,25 +106,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     records = (asked.records or ROOT / "results" / "runs").resolve()
     out, figures = asked.out.resolve(), asked.figures.resolve()
+    choices = asked.deviations or (None if asked.records else ROOT / "docs" / "deviations.md")
     try:
         fair = load_fair(records, plans(records, PLANS))
         names = available(fair)
         text = write(page(fair, out, [figures / f"{name}.png" for name in names]))
-        choices = asked.deviations.read_text(encoding="utf-8")
+        before = choices.read_text(encoding="utf-8") if choices else ""
         if asked.check:
             pictures = [figures / f"{name}.{end}" for name in names for end in ("png", "svg")]
             wrong = _check(out / "README.md", text, pictures)
-            if fill(choices, fair) != choices:
-                print(
-                    f"error: {shown(asked.deviations)}: an effect disagrees with the records: {AGAIN}.", file=sys.stderr
-                )
+            if choices and fill(before, fair) != before:
+                print(f"error: {shown(choices)}: an effect disagrees with the records: {AGAIN}.", file=sys.stderr)
                 wrong = 1
             return wrong
         for name in names:
             draw(name, fair, figures)
         out.mkdir(parents=True, exist_ok=True)
         (out / "README.md").write_text(text, encoding="utf-8")
-        asked.deviations.write_text(fill(choices, fair), encoding="utf-8")
+        if choices:
+            choices.write_text(fill(before, fair), encoding="utf-8")
     except (OSError, ValueError, ImportError) as error:
         print(
             f"error: {error}" + (": put it right and run again" if isinstance(error, OSError) else ""), file=sys.stderr

@@ -85,6 +85,13 @@ def test_an_effect_that_disagrees_with_the_records_fails_the_check(root, capsys)
     assert page.read_text() == "| Warm-up | `no_warmup`: not run |\n"
 
 
+def test_records_of_others_leave_the_committed_page_of_choices_alone(root):
+    page = Path(command.__file__).resolve().parents[1] / "docs/deviations.md"
+    before = page.read_bytes()
+    assert command.main(arguments(root)[:-2]) == 0
+    assert page.read_bytes() == before
+
+
 def test_a_picture_that_is_missing_fails_the_check(root, capsys):
     (root / "figures/sensitivity.svg").unlink()
     assert command.main(arguments(root, "--check")) == 1

@@ -182,15 +182,16 @@ def detail(gpu: int, optimizer: str, model: str, precision: str) -> str:
 def command(optimizer: str, model: str, precision: str, rows: int, layerwise: bool = False) -> str:
     """What to type; evaluation is given no more rows than training."""
     words = [f"python train.py model={model} optimizer={optimizer}"]
-    recipe = (CONFIGS / "recipe" / f"{optimizer}-{model}.yaml").is_file()
+    file = CONFIGS / "recipe" / f"{optimizer}-{model}.yaml"
+    recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
     if not recipe:
         words.append(f"recipe=none trainer.steps={steps_of(model)}")
     if layerwise or not recipe:
         words.append(f"trainer.batch_size={rows if layerwise else planner.MOST_ROWS}")
-    if not recipe:
-        options = yaml.safe_load((CONFIGS / "optimizer" / f"{optimizer}.yaml").read_text())
-        if "rank" in options and optimizer != "apollo_mini":
-            words.append(f"optimizer.rank={RANKS[model]}")
+    options = yaml.safe_load((CONFIGS / "optimizer" / f"{optimizer}.yaml").read_text())
+    options |= recipe.get("optimizer", {}) if recipe else {"rank": None} if "rank" in options else {}
+    if options.get("rank", RANKS[model]) != RANKS[model] and optimizer != "apollo_mini":
+        words.append(f"optimizer.rank={RANKS[model]}")
     words.append(f"trainer.precision={precision} trainer.micro_batch_size={rows} eval.batch_size={min(rows, 64)}")
     if layerwise:
         words.append("trainer.layerwise=true")

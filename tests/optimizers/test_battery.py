@@ -461,7 +461,7 @@ def test_the_documents_files_fit_its_class(monkeypatch: pytest.MonkeyPatch) -> N
     namespace: dict[str, Any] = {}
     exec(blocks("python")[0], namespace)
     monkeypatch.setitem(METHODS, "eigen_sign", (namespace["EigenSign"], {}))
-    config, recipe = map(yaml.safe_load, blocks("yaml"))
+    _, config, recipe = map(yaml.safe_load, blocks("yaml"))  # the first is the plan of a sweep
     reference = yaml.safe_load((ROOT / "configs" / "recipe" / "racs-llama_tiny.yaml").read_text(encoding="utf-8"))
     assert recipe["recipe"] == f"{config['name']}-llama_tiny"
     assert recipe["optimizer"].keys() <= config.keys() and recipe["trainer"].keys() == reference["trainer"].keys()

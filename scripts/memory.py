@@ -189,8 +189,8 @@ def command(optimizer: str, model: str, precision: str, rows: int, layerwise: bo
     if layerwise or not recipe:
         words.append(f"trainer.batch_size={rows if layerwise else planner.MOST_ROWS}")
     options = yaml.safe_load((CONFIGS / "optimizer" / f"{optimizer}.yaml").read_text())
-    options |= recipe.get("optimizer", {}) if recipe else {"rank": None} if "rank" in options else {}
-    if options.get("rank", RANKS[model]) != RANKS[model] and optimizer != "apollo_mini":
+    given = (recipe or {}).get("optimizer", {}).get("rank")
+    if "rank" in options and optimizer != "apollo_mini" and given != RANKS[model]:  # the rank that was counted
         words.append(f"optimizer.rank={RANKS[model]}")
     words.append(f"trainer.precision={precision} trainer.micro_batch_size={rows} eval.batch_size={min(rows, 64)}")
     if layerwise:

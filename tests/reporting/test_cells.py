@@ -79,7 +79,7 @@ def test_cells_that_share_a_run_show_one_number() -> None:
     assert len(set(rounded)) == len(rounded)
 
 
-def test_a_star_is_adam_on_the_last_layer_and_others_methods_are_cited_there() -> None:
+def test_a_star_is_adam_on_the_last_layer_and_other_papers_methods_are_cited_there() -> None:
     for cell in CELLS:
         experiment = EXPERIMENTS[cell.experiment]
         if cell.table == "table2":

@@ -1,6 +1,6 @@
-"""Write the report of the fair comparison, results/fair/README.md and its figures, from the records in results/runs.
+"""Write the report of the fair comparison, results/fair/README.md, runs.md and figures, from the records in results/runs.
 
-    python scripts/fair_report.py           page and figures, whatever has run so far; the effects in docs/deviations.md
+    python scripts/fair_report.py           pages and figures, whatever has run so far; the effects in docs/deviations.md
     python scripts/fair_report.py --check   fail if a committed page disagrees with the records
 
 The rules are in docs/fair_comparison.md, the plans in configs/sweep/fair_*.yaml. Seconds, nothing is trained.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import yaml  # noqa: E402
 
 from reporting.fair.deviations import fill  # noqa: E402
 from reporting.fair.figures import available, draw  # noqa: E402
-from reporting.fair.page import page, write  # noqa: E402
+from reporting.fair.page import RUNS, list_of_runs, page, write  # noqa: E402
 from reporting.fair.records import Asked, Plans, load_fair  # noqa: E402
 from reporting.paper.page import sections  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
@@ -30,7 +30,8 @@ from sweeps import Plan, Sweep, load_plan  # noqa: E402
 PLANS = ROOT / "configs" / "sweep"
 AGAIN = "make it again with python scripts/fair_report.py"
 SWEEPS = (
-    "fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat", "fair_adam", "fair_long"
+    "fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat", "fair_adam", "fair_long",
+    "fair_rates_b95", "fair_best_b95",
 )  # fmt: skip
 
 
@@ -41,40 +42,47 @@ def plans(records: Path, folder: Path) -> Plans:
         ValueError: a record of other settings than its plan's, or a malformed one.
     """
     loaded = {name: load_plan(folder / f"{name}.yaml") for name in SWEEPS}
-    rates_plan = loaded["fair_rates"]
-    sweep = Sweep(rates_plan, records / rates_plan.name)
-    sweep.read()
-    keys = [(model, name) for model in rates_plan.models for name in rates_plan.optimizers]
-    best = {key: rates_plan.best(*key, sweep.results) for key in keys}
-    finished = {
-        (str(model), name): rates_plan.interior(model, name, sweep.results)
-        for (model, name), pair in best.items()
-        if pair is not None
-    }
-    asked = _asked(rates_plan, sweep.results)
-    for name in SWEEPS[1:]:
-        plan = loaded[name]
-        real = replace(plan, rates={key: pair for key, pair in best.items() if pair is not None})
-        other = Sweep(real, records / name)
-        other.read()  # the records must be those of the plan
+    best: dict[str, dict[tuple[str | None, str], tuple[float, float]]] = {}
+    finished: dict[tuple[str, str, str], bool] = {}
+    for grid in {plan.rates_from for plan in loaded.values() if plan.rates_from}:
+        plan = loaded[grid]
+        results = _read(plan, records)
+        pairs = {(model, name): plan.best(model, name, results) for model in plan.models for name in plan.optimizers}
+        best[grid] = {key: pair for key, pair in pairs.items() if pair is not None}
+        finished |= {(grid, str(model), name): plan.interior(model, name, results) for model, name in best[grid]}
+    asked = []
+    for plan in loaded.values():
+        if plan.rates_from is None:
+            asked += _asked(plan, _read(plan, records))
+            continue
+        results = _read(replace(plan, rates=best[plan.rates_from]), records)  # the records must be those of the plan
         # Which variants a plan has does not depend on their rates: all of them count as asked for.
-        counted = replace(plan, rates={key: (1.0, 1.0) for key in keys}) if plan.variants else real
-        asked += _asked(counted, other.results)
+        grid_plan = loaded[plan.rates_from]
+        every = {(model, name): (1.0, 1.0) for model in grid_plan.models for name in grid_plan.optimizers}
+        asked += _asked(replace(plan, rates=every), results)
+    first = loaded["fair_rates"]
     noted = {name: found for name in SWEEPS if (found := _noted(records / name)) is not None}
     return Plans(
         asked=asked,
-        published={name: rates_plan.lr[name][len(rates_plan.lr[name]) // 2] for name in rates_plan.optimizers},
+        published={name: first.lr[name][len(first.lr[name]) // 2] for name in first.optimizers},
         finished=finished,
         commands={name: command for name, (command, _) in noted.items()},
         at_once={name: jobs for name, (_, jobs) in noted.items()},
     )
 
 
+def _read(plan: Plan, records: Path) -> dict[str, float]:
+    """The results of a plan's runs that have ended, by name."""
+    sweep = Sweep(plan, records / plan.name)
+    sweep.read()
+    return sweep.results
+
+
 def _asked(plan: Plan, results: dict[str, float]) -> list[Asked]:
     found = []
     for job in plan.jobs(results):
         name = job.name.rpartition("/")[2].rpartition("-s")[0] if plan.variants else job.optimizer
-        found.append(Asked(f"{plan.name}/{job.name}", str(job.model), name, job.optimizer, job.seed))
+        found.append(Asked(plan.name, f"{plan.name}/{job.name}", str(job.model), name, job.optimizer, job.seed))
     return found
 
 
@@ -110,11 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         fair = load_fair(records, plans(records, PLANS))
         names = available(fair)
-        text = write(page(fair, out, [figures / f"{name}.png" for name in names]))
+        texts = {
+            out / "README.md": write(page(fair, out, [figures / f"{name}.png" for name in names])),
+            out / RUNS: write(list_of_runs(fair, out)),
+        }
         before = choices.read_text(encoding="utf-8") if choices else ""
         if asked.check:
             pictures = [figures / f"{name}.{end}" for name in names for end in ("png", "svg")]
-            wrong = _check(out / "README.md", text, pictures)
+            wrong = _check(texts, pictures)
             if choices and fill(before, fair) != before:
                 print(f"error: {shown(choices)}: an effect disagrees with the records: {AGAIN}.", file=sys.stderr)
                 wrong = 1
@@ -122,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             draw(name, fair, figures)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "README.md").write_text(text, encoding="utf-8")
+        for file, text in texts.items():
+            file.write_text(text, encoding="utf-8")
         if choices:
             choices.write_text(fill(before, fair), encoding="utf-8")
     except (OSError, ValueError, ImportError) as error:
@@ -135,21 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(file: Path, text: str, pictures: Sequence[Path]) -> int:
-    if not file.is_file():
+def _check(texts: Mapping[Path, str], pictures: Sequence[Path]) -> int:
+    failed = 0
+    for file in [path for path in (*texts, *pictures) if not path.is_file()]:
         print(f"error: {shown(file)} is missing: {AGAIN}.", file=sys.stderr)
-        return 1
-    there, made = sections(file.read_text(encoding="utf-8")), sections(text)
-    wrong = [title for title in dict.fromkeys([*made, *there]) if made.get(title) != there.get(title)]
-    for title in wrong:
-        print(f'error: {shown(file)}, "{title}": disagrees with the records: {AGAIN}.', file=sys.stderr)
-    missing = [path for path in pictures if not path.is_file()]
-    for path in missing:
-        print(f"error: {shown(path)} is missing: {AGAIN}.", file=sys.stderr)
-    if wrong or missing:
-        return 1
-    print(f"{shown(file)} and {len(pictures)} pictures: the page agrees with the records.")
-    return 0
+        failed = 1
+    for file, text in texts.items():
+        there, made = sections(file.read_text(encoding="utf-8")) if file.is_file() else {}, sections(text)
+        for title in dict.fromkeys([*made, *there] if there else []):
+            if made.get(title) != there.get(title):
+                print(f'error: {shown(file)}, "{title}": disagrees with the records: {AGAIN}.', file=sys.stderr)
+                failed = 1
+    if not failed:
+        names = " and ".join(str(shown(file)) for file in texts)
+        print(f"{names} and {len(pictures)} pictures: the pages agree with the records.")
+    return failed
 
 
 def shown(path: Path) -> Path:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .. import units
-from ..statistics import Verdict, in_general
-from .gains import batch_runs, gain, gains, grown, owed, settled
-from .records import OWED, REFERENCE, Fair, Row, ablations, lowest, methods
+from ..statistics import Verdict, in_general, mean
+from .gains import batch_runs, gain, gains, grown, long_runs, owed, settled, untuned_changes
+from .records import AGAIN, OWED, PLAIN, REFERENCE, Fair, Row, ablations, again, against_plain, lowest, methods
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
 NO_CLAIM, NOT_TESTED = "no difference claimed", "not tested"
@@ -15,8 +15,7 @@ NEAR = 0.03  # of configs/sweep/fair_rates.yaml and fair_control.yaml: pairs so 
 
 
 def answer(fair: Fair) -> list[str]:
-    """Three to seven sentences; fewer, and saying so, while runs are missing."""
-    tables = {model: methods(fair, model) for model in fair.models}
+    """A sentence or two for each question; fewer, and saying so, while runs are missing."""
     done, asked = len(fair.runs()), len(fair.asked())
     found = []
     promised = owed(fair)
@@ -27,14 +26,26 @@ def answer(fair: Fair) -> list[str]:
             "have all run; rates and gains below are provisional where their grids are."
         )
     if promised:
-        names = _and([f"`{name}` on `{model}`" for model, name in promised])
-        found.append(f"Owed by the rules: a grid of rates for {names}, which gained more than {OWED:g} nats untuned.")
+        names = _and([f"{name_of(method)} on `{model}`" for model, method in promised])
+        found.append(
+            f"Owed by the rules, because other averages of Adam gained more than {OWED:g} nats: grids with beta_2 = 0.95 "
+            f"for {names}."
+        )
+    found += [*_outcome(fair, ""), *_bigrams(fair), *_beta_2(fair)]
+    if (second := again(fair)).runs("fair_best"):
+        found += _outcome(second, "With beta_2 = 0.95 in every Adam: ")
+    return [*found, *_gains(fair), *_batches(fair), *_longer(fair), *_variants(fair)]
+
+
+def _outcome(fair: Fair, start: str) -> list[str]:
+    """What stage 2 says; `start` begins each sentence."""
+    tables = {model: methods(fair, model) for model in fair.models}
     ready = {model: rows for model, rows in tables.items() if _settled(rows)}
     if not ready:
-        found += [_so_far(tables), *_first_look(fair)]
-    else:
-        found += [*_leaders(ready), *_claims(ready, fair.models)]
-    return [*found, *_gains(fair), *_batches(fair), *_variants(fair)]
+        return [start + each for each in (_so_far(tables), *([] if start else _first_look(fair)))]
+    against = {model: against_plain(fair, model) for model in ready}
+    found = [*_leaders(ready), *_claims(ready, fair.models, REFERENCE), *_claims(against, fair.models, PLAIN)]
+    return [start + each for each in found]
 
 
 def _settled(rows: Iterable[Row]) -> list[Row]:
@@ -78,23 +89,43 @@ def _first_look(fair: Fair) -> list[str]:
             shown = [f"{name_of(run.optimizer)} {units.perplexity(run.perplexity)}" for run in near]
             parts.append(f"on `{model}` {_and(shown)}")
     within = f"the lowest perplexity and all within {100 * NEAR:g} % of it, too near to read anything from"
-    return [f"Stage 1, one seed, {within}: {'; '.join(parts)}.{_bigrams(fair)}"] if parts else []
+    return [f"Stage 1, one seed, {within}: {'; '.join(parts)}."] if parts else []
 
 
-def _bigrams(fair: Fair) -> str:
-    """Where the best runs of stage 1 are no better than a bigram model counted on the same number of tokens."""
+def _bigrams(fair: Fair) -> list[str]:
+    """Where methods are no better than a bigram model that was counted on as many tokens as their runs read."""
     parts = []
     for model in fair.models:
-        best = [run for name in fair.plans.published if (run := fair.grid(model, name).best)]
-        read = {(run.summary or {}).get("tokens") for run in best}
-        bigram = next((each.bigram for each in fair.ngrams.get(model, ()) if {each.tokens} == read), None)
-        above = [run for run in best if bigram is not None and run.perplexity >= bigram]
-        if above and bigram is not None:
-            counted = f"a bigram model counted on as many tokens ({units.perplexity(bigram)})"
-            parts.append(
-                f"On `{model}`, {len(above)} of the {len(best)} methods' best runs are no better than {counted}."
-            )
-    return "".join(f" {part}" for part in parts)
+        best = {name: [run] for name in fair.plans.published if (run := fair.grid(model, name).best)}
+        stages = {"stage 1": best, "stage 2": {row.name: row.runs for row in methods(fair, model) if row.runs}}
+        for stage, by_name in stages.items():
+            read = {(run.summary or {}).get("tokens") for runs in by_name.values() for run in runs if run.summary}
+            bigram = next((each.bigram for each in fair.ngrams.get(model, ()) if {each.tokens} == read), None)
+            if bigram is None:
+                continue
+            above = [name for name, runs in by_name.items() if (mean([run.perplexity for run in runs]) or 0) >= bigram]
+            if above:
+                parts.append(f"in {stage} on `{model}` {len(above)} of {len(by_name)} ({units.perplexity(bigram)})")
+    if not parts:
+        return []
+    return [f"No better than a bigram model counted on as many tokens (its perplexity in brackets): {_and(parts)}."]
+
+
+def _beta_2(fair: Fair) -> list[str]:
+    """What beta_2 = 0.95 does at the rates that were chosen with the published values."""
+    parts = []
+    for model in fair.models:
+        changes = {asked.name: change for asked, _, _, change in untuned_changes(fair, model) if change is not None}
+        gained = {name: -changes[name + AGAIN] for name in (REFERENCE, *CANDIDATES, "muon") if name + AGAIN in changes}
+        if gained:
+            parts.append(f"on `{model}` {_and([f'{name_of(name)} {value:+.3f}' for name, value in gained.items()])}")
+    if not parts:
+        return []
+    return [
+        "With beta_2 = 0.95 in place of the published 0.999, for all of Adam's parameters and the Adam group of the others, "
+        f"at rates chosen without it, 600 steps and one seed: these gain {'; '.join(parts)} nats. So part of the differences "
+        "from Adam with its published beta_2 comes from that value."
+    ]
 
 
 def _leaders(ready: dict[str, list[Row]]) -> list[str]:
@@ -116,7 +147,7 @@ def _leaders(ready: dict[str, list[Row]]) -> list[str]:
         return []
     count = max(len(row.runs) for rows in ready.values() for row in rows)
     return [
-        f"With each method at its own best rates, the lowest mean perplexity over {count} seeds has {_and(parts)}; only "
+        f"With each method at its own best rates, the lowest mean perplexity over {count} seeds has {_and(parts)}. Only "
         "differences from Adam, and from Alice, are tested, not those between the others."
     ]
 
@@ -125,15 +156,16 @@ def _reference(row: Row) -> str:
     return units.perplexity(row.perplexity) if row.perplexity is not None else "not run"
 
 
-def _claims(ready: dict[str, list[Row]], models: list[str]) -> list[str]:
-    """What holds on all proxies, where they disagree, and what cannot be said."""
+def _claims(ready: dict[str, list[Row]], models: list[str], reference: str) -> list[str]:
+    """What holds on all proxies against the reference, what on one alone, and what cannot be said."""
+    than = name_of(reference)
     claims: dict[str, dict[str, str]] = {}
     for model, rows in ready.items():
         for row in _settled(rows):
-            tested = row.pair is not None and row.pair.p is not None
-            claims.setdefault(row.name, {})[model] = (row.claim or NO_CLAIM) if tested else NOT_TESTED
+            if (row.name, reference) != (REFERENCE, PLAIN):  # the first family decides on these two
+                claims.setdefault(row.name, {})[model] = word(row)
     if len(ready) < len(models) or len(models) < 2:
-        only = [f"{_list(claims, model)} on `{model}`" for model in ready]
+        only = [f"{_list(claims, model, than)} on `{model}`" for model in ready]
         return [f"By the rule, {'; '.join(only)}. A statement about optimizers in general needs both models."]
     both = {name: by_model for name, by_model in claims.items() if len(by_model) == len(models)}
     general = {name: in_general([_verdict(word) for word in by_model.values()]) for name, by_model in both.items()}
@@ -143,30 +175,38 @@ def _claims(ready: dict[str, list[Row]], models: list[str]) -> list[str]:
         for word in (NO_CLAIM, NOT_TESTED)
     )
     found = (
-        f"By the rule, better than Adam on both models: {_and(better) or 'none'}; worse on both: {_and(worse) or 'none'}; "
+        f"By the rule, better than {than} on both models: {_and(better) or 'none'}; worse on both: {_and(worse) or 'none'}; "
         f"no difference claimed on either: {_and(neither) or 'none'}"
-        f"{f'; not tested, because seeds diverged: {_and(untested)}' if untested else ''}."
+        f"{f'; not tested, because seeds diverged: {_and(untested)}' if untested else ''}"
     )
-    names = {row.name for rows in ready.values() for row in rows if row.name != REFERENCE}
-    waiting = [name_of(name) for name in sorted(names - both.keys())]
-    found += f" Not judged on both yet: {_and(waiting)}." if waiting else ""
-    split = {name: by_model for name, by_model in both.items() if len(set(by_model.values())) > 1}
-    if not split:
-        return [found]
-    details = "; ".join(
-        f"{name_of(name)} ({', '.join(f'`{model}`: {word}' for model, word in by_model.items())})"
-        for name, by_model in split.items()
-    )
-    return [found, f"The models do not say the same about {details}: no statement in general."]
+    mixed = {name: by_model for name, by_model in both.items() if len(set(by_model.values())) > 1}
+    opposed = [name for name, by_model in mixed.items() if {"better", "worse"} <= set(by_model.values())]
+    for words, names in (
+        ("opposite on the two", opposed),
+        ("claimed on one of the two alone", [name for name in mixed if name not in opposed]),
+    ):
+        found += f"; {words}: {_and([_by_model(name, mixed[name]) for name in names])}" if names else ""
+    all_names = {row.name for rows in ready.values() for row in rows if row.name not in (REFERENCE, reference)}
+    waiting = [name_of(name) for name in sorted(all_names - both.keys())]
+    return [f"{found}.{f' Not judged on both yet: {_and(waiting)}.' if waiting else ''}"]
+
+
+def _by_model(name: str, words: dict[str, str]) -> str:
+    return f"{name_of(name)} ({', '.join(f'`{model}`: {word}' for model, word in words.items())})"
+
+
+def word(row: Row) -> str:
+    """The verdict on a method or variant whose seeds have all ended."""
+    return (row.claim or NO_CLAIM) if row.pair is not None and row.pair.p is not None else NOT_TESTED
 
 
 def _verdict(word: str) -> Verdict | None:
     return "better" if word == "better" else "worse" if word == "worse" else None
 
 
-def _list(claims: dict[str, dict[str, str]], model: str) -> str:
+def _list(claims: dict[str, dict[str, str]], model: str, than: str) -> str:
     names = {word: [name_of(n) for n, by in claims.items() if by.get(model) == word] for word in ("better", "worse")}
-    return f"better than Adam: {_and(names['better']) or 'none'}, worse: {_and(names['worse']) or 'none'}"
+    return f"better than {than}: {_and(names['better']) or 'none'}, worse: {_and(names['worse']) or 'none'}"
 
 
 def _gains(fair: Fair) -> list[str]:
@@ -222,24 +262,53 @@ def _batches(fair: Fair) -> list[str]:
     ]
 
 
+def _longer(fair: Fair) -> list[str]:
+    parts, steps = [], 0
+    for model in fair.models:
+        by_method = {name: long_runs(fair, model, name) for name in (REFERENCE, *CANDIDATES, "muon")}
+        if not all(asked and len(runs) == asked for runs, asked in by_method.values()):
+            continue
+        best = {name: lowest(runs) for name, (runs, _) in by_method.items()}
+        steps = int(next(run for run in best.values() if run).setting("trainer.steps", 0))
+        gained = {name: gain(best[REFERENCE], run) for name, run in best.items() if name != REFERENCE}
+        texts = [f"{name_of(name)} {value:+.2f}" for name, value in gained.items() if value is not None]
+        parts.append(f"on `{model}` {_and(texts)}")
+    if not parts:
+        return []
+    return [
+        f"After {steps:,} steps the gain over Adam, each at the better of two matrix rates, is in nats with one seed: "
+        f"{'; '.join(parts)}."
+    ]
+
+
 def _variants(fair: Fair) -> list[str]:
     """What the rule says of Alice's parts and of the open choices, once all seeds of all variants have ended."""
     rows = {model: [row for row in ablations(fair, model) if row.pair is not None] for model in fair.models}
     if not all(each and all(row.settled for row in each) for each in rows.values()):
         return []
-    claims: dict[str, list[Verdict | None]] = {}
-    for each in rows.values():
+    claims: dict[str, dict[str, str]] = {}
+    for model, each in rows.items():
         for row in each:
-            claims.setdefault(row.name, []).append(_verdict(row.claim or ""))
+            claims.setdefault(row.name, {})[model] = word(row)
     parts = []
-    for word, text in (("worse", "worse than plain Alice"), ("better", "better"), (None, "no difference claimed of")):
-        names = [f"`{name}`" for name, words in claims.items() if set(words) == {word}]
-        parts.append(f"{text} {_and(names) or 'none'}")
-    split = _and([f"`{name}`" for name, words in claims.items() if len(set(words)) > 1])
+    for verdict, text in (
+        ("worse", "worse than plain Alice"),
+        ("better", "better"),
+        (NO_CLAIM, "no difference claimed of"),
+        (NOT_TESTED, "not tested, because seeds diverged,"),
+    ):
+        names = [f"`{name}`" for name, words in claims.items() if set(words.values()) == {verdict}]
+        if names or verdict != NOT_TESTED:
+            parts.append(f"{text} {_and(names) or 'none'}")
+    mixed = [
+        f"`{name}` ({', '.join(f'`{model}`: {word}' for model, word in words.items())})"
+        for name, words in claims.items()
+        if len(set(words.values())) > 1
+    ]
     models = _and([f"`{model}`" for model in rows])
     return [
         f"Of Alice's variants, none tuned by itself, the rule calls, on {models} alike, {'; '.join(parts)}"
-        f"{f'; the models differ about {split}' if split else ''}."
+        f"{f'; on the models differently: {_and(mixed)}' if mixed else ''}."
     ]
 
 

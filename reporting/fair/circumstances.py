@@ -24,6 +24,8 @@ WHAT = {
     "fair_repeat": "the same run twice",
     "fair_adam": "Adam's averages",
     "fair_long": "longer runs",
+    "fair_rates_b95": "stage 1 with beta_2 = 0.95",
+    "fair_best_b95": "stage 2 with beta_2 = 0.95",
 }
 
 TEXT = (

@@ -20,7 +20,7 @@ from ..curves import shared_curve
 from ..style import GREY, LOOKS, WIDE, even_ticks
 from .axes import empty, legend, panels, perplexity_axis, rate_axis, rate_lines, unfinished
 from .gains import CONTROLLED, Gains, at_end, best_at, gains, tried
-from .records import PLAIN, REFERENCE, Fair, Row, ablations, methods, wall_clock
+from .records import PLAIN, REFERENCE, Fair, Row, ablations, again, methods, wall_clock
 from .tables import CHOICES, PARTS
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def draw(name: str, fair: Fair, folder: Path) -> list[Path]:
 # Stage 2 ---------------------------------------------------------------------------------------------------------------
 
 
-def _curves(fair: Fair) -> Figure:
+def _curves(fair: Fair, words: str = "each method at its best rates") -> Figure:
     with panels(fair, 4.9) as (figure, parts):
         for model, axes in parts:
             rows = [row for row in methods(fair, model) if row.runs and not row.diverged]
@@ -87,8 +87,12 @@ def _curves(fair: Fair) -> Figure:
             axes.legend(title="final, best first", loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=3.2)
         axes_with = [axes for _, axes in parts]
         axes_with[0].set_ylabel("validation perplexity")
-        style.title(figure, "Validation perplexity, each method at its best rates: lower is better (bands: all seeds)")
+        style.title(figure, f"Validation perplexity, {words}: lower is better (bands: all seeds)")
     return figure
+
+
+def _curves_again(fair: Fair) -> Figure:
+    return _curves(again(fair), "beta_2 = 0.95, best rates")
 
 
 def _speedup(fair: Fair) -> Figure:
@@ -353,6 +357,7 @@ def _proxy_legend(figure: Figure, models: Sequence[str]) -> None:
 # The sweep that a picture needs, and what draws it.
 FIGURES: dict[str, tuple[str, Callable[[Fair], Figure]]] = {
     "curves": ("fair_best", _curves),
+    "curves_b95": ("fair_best_b95", _curves_again),
     "speedup": ("fair_best", _speedup),
     "memory": ("fair_best", _memory),
     "group_rate": ("fair_rates", _group_rate),

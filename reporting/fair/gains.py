@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..records import Run
-from .records import OWED, REFERENCE, Asked, Fair, lowest
+from .records import OWED, REFERENCE, Asked, Fair, again, lowest
 
 CONTROLLED = ("adam", "muon", "racs", "alice")  # methods of the control and of the batch sizes
 ADAM_RATE = 0.001  # of the paper's Adam, for all its parameters
@@ -101,9 +101,9 @@ def settled(fair: Fair, model: str, method: str) -> bool:
 
 
 def grown(fair: Fair) -> bool:
-    """Whether no grid asks for more: those of stage 1 have ended, and all runs of the control."""
-    asked = {(each.model, each.name) for each in fair.asked("fair_rates")}
-    return asked <= set(fair.plans.finished) and all(each.folder in fair.ended for each in fair.asked("fair_control"))
+    """Whether no grid asks for more: those of stage 1, also with the other beta_2, and all runs of the control."""
+    grids = {(each.sweep, each.model, each.name) for each in fair.asked() if each.sweep.startswith("fair_rates")}
+    return grids <= set(fair.plans.finished) and all(each.folder in fair.ended for each in fair.asked("fair_control"))
 
 
 def gain(before: Run | None, after: Run | None) -> float | None:
@@ -130,16 +130,34 @@ def untuned_changes(fair: Fair, model: str) -> list[tuple[Asked, Run | None, Run
 
 
 def owed(fair: Fair) -> list[tuple[str, str]]:
-    """Model and name of the variants that have gained so much that the rules ask for a grid of theirs."""
-    changes = [(model, each) for model in fair.models for each in untuned_changes(fair, model)]
-    return [(model, asked.name) for model, (asked, _, _, change) in changes if change is not None and change < -OWED]
+    """Model and method where a variant has gained so much that the rules ask for a grid: those of `again` that are open."""
+    gained = [
+        (model, asked.optimizer)
+        for model in fair.models
+        for asked, _, _, change in untuned_changes(fair, model)
+        if change is not None and change < -OWED
+    ]
+    grids = again(fair)
+    return [(model, method) for model, method in dict.fromkeys(gained) if not grids.grid(model, method).finished]
 
 
 def by_length(fair: Fair, model: str, method: str) -> dict[int, Run]:
-    """One run for each number of steps at 2k tokens a step, at the method's best pair of stage 1."""
+    """One run for each number of steps at 2k tokens a step, at the method's best pair of stage 1.
+
+    Of the longest runs, which have two matrix rates, the better.
+    """
     best = fair.grid(model, method).best
     if best is None:
         return {}
-    sweeps = (("fair_batch", f"{method}_2k"), ("fair_best", method), ("fair_long", method))
+    sweeps = (("fair_batch", f"{method}_2k"), ("fair_best", method))
     runs = [best, *(run for sweep, name in sweeps for run in fair.runs(sweep, model, name)[:1])]
+    longest, asked = long_runs(fair, model, method)
+    if longest and len(longest) == asked:
+        runs.append(min(longest, key=lambda run: run.perplexity))
     return {int(run.setting("trainer.steps", 0)): run for run in runs}
+
+
+def long_runs(fair: Fair, model: str, method: str) -> tuple[list[Run], int]:
+    """The longest runs of a method, and how many were asked for: one for each matrix rate."""
+    folders = [asked.folder for asked in fair.asked("fair_long", model) if asked.optimizer == method]
+    return [fair.ended[folder] for folder in folders if folder in fair.ended], len(folders)

@@ -3,6 +3,7 @@
 fair = load_fair(Path("results/runs"), plans)            plans: what was asked for, from scripts/fair_report.py
 fair.grid("llama_tiny", "alice").best                    the best run of stage 1
 methods(fair, "llama_tiny")                              stage 2, best first, with the rule of significance
+methods(again(fair), "llama_tiny")                       the same with beta_2 = 0.95 in every Adam
 ablations(fair, "llama_tiny")                            Alice's variants against plain Alice
 
 Losses are final validation losses in nats. Whatever has not run is None or empty. gains.py has what the optimizer gains
@@ -15,7 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +33,7 @@ PLAIN = "alice"  # of the ablations
 ELSEWHERE = "compare"  # records of the same methods on the embedded text (make compare)
 OWED = 0.02  # nats: a variant of fair_adam that gains more gets a grid of its own, by the rules
 FLAT = 1.05  # a matrix rate is near the best if its perplexity is at most 5 % higher
+AGAIN = "_b95"  # ends the names of the plans of stages 1 and 2 with beta_2 = 0.95 in every Adam
 EQUAL_SHARE = (
     1.2  # runs shared the machine equally if no method's slowest seed took longer than so many times its fastest
 )
@@ -41,15 +43,12 @@ EQUAL_SHARE = (
 class Asked:
     """A run that a plan asks for: its folder below the records, as in fair_best/llama_tiny/adam-s43."""
 
+    sweep: str
     folder: str
     model: str
     name: str  # of the method or the variant
     optimizer: str
     seed: int
-
-    @property
-    def sweep(self) -> str:
-        return self.folder.split("/")[0]
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,14 @@ class Plans:
     Attributes:
         asked: the runs of all sweeps, in the order of their plans.
         published: the methods of stage 1, each with its published matrix rate.
-        finished: the grids of stage 1 that have ended, by model and method, and whether the best pair is interior.
+        finished: the grids of rates that have ended, by sweep, model and method, and whether the best pair is interior.
         commands: the command of each sweep that has ended.
         at_once: how many of its runs shared the machine.
     """
 
     asked: Sequence[Asked]
     published: Mapping[str, float]
-    finished: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    finished: Mapping[tuple[str, str, str], bool] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
     at_once: Mapping[str, int] = field(default_factory=dict)
 
@@ -174,13 +173,32 @@ class Fair:
         return bool(asked) and all(each.folder in self.ended for each in asked)
 
     def grid(self, model: str, method: str) -> Grid:
-        key = (model, method)
+        key = ("fair_rates", model, method)
         return Grid(
             self.runs("fair_rates", model, method),
             len(self.asked("fair_rates", model, method)),
             key in self.plans.finished,
             self.plans.finished.get(key, False),
         )
+
+
+def again(fair: Fair) -> Fair:
+    """Stages 1 and 2 with beta_2 = 0.95, in the place of the first ones: whatever reads those reads these."""
+    plans = Plans(
+        asked=[
+            replace(asked, sweep=asked.sweep.removesuffix(AGAIN))
+            for asked in fair.plans.asked
+            if asked.sweep.endswith(AGAIN)
+        ],
+        published=fair.plans.published,
+        finished={
+            (sweep.removesuffix(AGAIN), model, method): interior
+            for (sweep, model, method), interior in fair.plans.finished.items()
+            if sweep.endswith(AGAIN)
+        },
+    )
+    folders = [asked.folder for asked in plans.asked]
+    return Fair(plans, {folder: fair.ended[folder] for folder in folders if folder in fair.ended}, fair.ngrams)
 
 
 def load_fair(root: Path, plans: Plans) -> Fair:

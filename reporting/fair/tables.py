@@ -10,10 +10,10 @@ from pathlib import Path
 from .. import units
 from ..paper.numbers import load_paper
 from ..records import Run
-from ..statistics import ONE_SIDE, deviation, mean, welch
+from ..statistics import ONE_SIDE, Paired, deviation, mean, paired, welch
 from ..summary import ranking
 from ..text import NOT_RUN, markdown
-from .answer import name_of
+from .answer import name_of, word
 from .circumstances import commit_of
 from .gains import (
     ADAM_RATE,
@@ -25,6 +25,7 @@ from .gains import (
     by_length,
     gain,
     gains,
+    long_runs,
     settled,
     tried,
     untuned_changes,
@@ -37,7 +38,9 @@ from .records import (
     Fair,
     Row,
     ablations,
+    again,
     against_plain,
+    by_seed,
     lowest,
     methods,
     out_of_domain,
@@ -83,36 +86,75 @@ UNTUNED = {
     "racs_b95": "beta_2 0.95 in the Adam group",
     "muon_b95": "beta_2 0.95 in the Adam group",
     "soap_k10": "SOAP's published interval of 10 steps",
+    "adam_group_b95": "beta_2 0.95 in the Adam group alone",
+    "adamw_b95": "beta_2 0.95, of all parameters",
+    "galore_b95": "beta_2 0.95, of all parameters",
+    "fira_b95": "beta_2 0.95, of all parameters",
+    "apollo_svd_b95": "beta_2 0.95, of all parameters",
+    "apollo_mini_b95": "beta_2 0.95, of all parameters",
+    "alice_0_b95": "beta_2 0.95 in the Adam group",
+    "soap_b95": "beta_2 0.95 in the Adam group",
 }
 
 
 def stage_2(fair: Fair, model: str, out: Path) -> str:
-    head = ["method", "matrix rate", "Adam group", "perplexity", "on unseen rows", "C4 perplexity",
-            "difference to Adam [95 %]", "p (Holm)", "verdict", "same seeds: lower in", "states", "speed-up in steps",
-            "seeds"]  # fmt: skip
-    rows, missing = [], []
+    head = ["method", "matrix rate", "Adam group", "perplexity", "difference to Adam [95 %]", "p (Holm)", "verdict",
+            "same seeds: lower in"]  # fmt: skip
+    rows = [
+        [
+            name_of(row.name),
+            f"{row.runs[0].lr:g}",
+            f"{row.runs[0].adam_lr:g}",
+            spread(row),
+            *compared(row),
+            same_seeds(row),
+        ]
+        for row in methods(fair, model)
+        if row.runs
+    ]
+    return markdown(head, rows) + _missing([name_of(row.name) for row in methods(fair, model) if not row.runs])
+
+
+def stage_2_beside(fair: Fair, model: str, out: Path) -> str:
+    """What else the runs of stage 2 tell, of which no test is made."""
     reference = fair.runs("fair_best", model, REFERENCE)
+    rows = []
     for row in methods(fair, model):
-        if not row.runs:
-            missing.append(name_of(row.name))
-            continue
-        first = row.runs[0]
-        size = (first.summary or {}).get("optimizer_state_bytes")
-        rows.append(
-            [
-                name_of(row.name),
-                f"{first.lr:g}",
-                f"{first.adam_lr:g}",
-                spread(row),
-                *(_evaluated(row, kind(row.runs), kind(reference)) for kind in (unseen, out_of_domain)),
-                *compared(row),
-                same_seeds(row),
-                units.size(size) if size else "–",
-                "1" if row.name == REFERENCE else _speedup(row),
-                seeds(row, out),
-            ]
-        )
-    return markdown(head, rows) + _missing(missing)
+        if row.runs:
+            size = (row.runs[0].summary or {}).get("optimizer_state_bytes")
+            rows.append(
+                [
+                    name_of(row.name),
+                    *(_evaluated(row, kind(row.runs), kind(reference)) for kind in (unseen, out_of_domain)),
+                    "1" if row.name == REFERENCE else _speedup(row),
+                    units.size(size) if size else "–",
+                    seeds(row, out),
+                ]
+            )
+    head = ["method", "perplexity on unseen rows", "on C4", "speed-up in steps", "states", "seeds"]
+    return markdown(head, rows)
+
+
+def verdicts(fair: Fair) -> str:
+    """What the rule says of each method against Adam and against Alice; "" while no method's seeds have all ended."""
+    forms = [(fair, ""), (again(fair), ", beta_2 0.95")]
+    columns = {}
+    for form, suffix in forms:
+        for against, table in ((REFERENCE, methods), (PLAIN, against_plain)):
+            for model in form.models:
+                rows = {row.name: row for row in table(form, model)}
+                if any(row.settled and row.pair is not None for row in rows.values()):
+                    columns[f"{name_of(against)}{suffix}, {model}"] = against, rows
+    names = [row.name for row in methods(fair, fair.models[0])] if fair.models else []
+
+    def cell(name: str, against: str, rows: dict[str, Row]) -> str:
+        row = rows.get(name)
+        if name == against or (name, against) == (REFERENCE, PLAIN):
+            return "–"
+        return word(row) if row is not None and row.settled else "open"
+
+    lines = [[name_of(name), *(cell(name, *column) for column in columns.values())] for name in names]
+    return markdown(["than", *columns], lines) if columns else ""
 
 
 def _evaluated(row: Row, found: Sequence[float], reference: Sequence[float]) -> str:
@@ -130,16 +172,27 @@ def _evaluated(row: Row, found: Sequence[float], reference: Sequence[float]) -> 
 
 
 def stage_2_against_plain(fair: Fair, model: str, out: Path) -> str:
-    """Without verdict on the reference of the first family, on which that one decides."""
+    """Without the reference of the first family, on which that one decides; it counts in this one's correction."""
     head = ["method", f"difference to {name_of(PLAIN)} [95 %]", "p (Holm)", "verdict", "same seeds: lower in"]
-    rows = []
-    for row in against_plain(fair, model):
-        if row.runs:
-            difference, p, verdict = compared(row)
-            rows.append(
-                [name_of(row.name), difference, p, "above" if row.name == REFERENCE else verdict, same_seeds(row)]
-            )
+    rows = [
+        [name_of(row.name), *compared(row), same_seeds(row)]
+        for row in against_plain(fair, model)
+        if row.runs and row.name != REFERENCE
+    ]
     return markdown(head, rows)
+
+
+def both_betas(first: Fair, model: str, out: Path) -> str:
+    """Stage 2 with the published beta_2 and with 0.95, and the difference between runs of one seed; no test is made."""
+    second = again(first)
+    before = {row.name: row for row in methods(first, model)}
+    rows = []
+    for row in methods(second, model):
+        if row.runs and before[row.name].runs:
+            old = before[row.name]
+            pairs = paired(by_seed(old.runs), by_seed(row.runs))
+            rows.append([name_of(row.name), spread(old), spread(row), _lower(pairs)])
+    return markdown(["method", "published beta_2", "0.95", "same seeds: lower in"], rows)
 
 
 def stage_1(fair: Fair, model: str, out: Path) -> str:
@@ -284,8 +337,9 @@ def steps_table(fair: Fair) -> str:
 def _sign(theirs: float, ours: float | None, reach: tuple[float, float] | None) -> str:
     if ours is None or ours == 0:
         return "–"
-    same = "as the paper" if (ours < 0) == (theirs < 0) else "opposite"
-    return same + (" (interval holds 0)" if reach and reach[0] <= 0 <= reach[1] else "" if reach else " (one seed)")
+    if reach and reach[0] <= 0 <= reach[1]:
+        return "not told apart"
+    return ("as the paper" if (ours < 0) == (theirs < 0) else "opposite") + ("" if reach else " (one seed)")
 
 
 def batch(fair: Fair, model: str, out: Path) -> str:
@@ -388,19 +442,19 @@ def repeat(fair: Fair, out: Path) -> str:
     head = ["model", "method", "first", "again", "difference of loss"]
     rows = []
     for model in fair.models:
-        for first, again in repeats(fair, model):
-            difference = gain(first, again)
+        for first, second in repeats(fair, model):
+            difference = gain(first, second)
             text = "–" if difference is None else "0, the same number" if difference == 0 else f"{-difference:+.2e}"
-            if (then := commit_of(first)) != (now := commit_of(again)):
+            if (then := commit_of(first)) != (now := commit_of(second)):
                 text += f" (commits {then} and {now})"
-            rows.append([f"`{model}`", name_of(again.optimizer), linked(first, out), linked(again, out), text])
+            rows.append([f"`{model}`", name_of(second.optimizer), linked(first, out), linked(second, out), text])
     return markdown(head, rows, left=2) if rows else f"{NOT_RUN.capitalize()}."
 
 
 def untuned(fair: Fair, model: str, out: Path) -> str:
     rows = []
     for asked, before, run, change in untuned_changes(fair, model):
-        text = "–" if change is None else f"{change:+.4f}" + (": a grid is owed" if change < -OWED else "")
+        text = "–" if change is None else f"**{change:+.4f}**" if change < -OWED else f"{change:+.4f}"
         rows.append(
             [
                 f"`{asked.name}`",
@@ -414,12 +468,15 @@ def untuned(fair: Fair, model: str, out: Path) -> str:
 
 
 def longer(fair: Fair, model: str, out: Path) -> str:
+    adam = lowest(long_runs(fair, model, REFERENCE)[0])
     rows = []
     for asked in fair.asked("fair_long", model):
         run = fair.ended.get(asked.folder)
         rates = [f"{run.lr:g}", f"{run.adam_lr:g}"] if run else ["–", "–"]
-        rows.append([name_of(asked.optimizer), *rates, linked(run, out) if run else NOT_RUN])
-    return markdown(["method", "matrix rate", "Adam group", "perplexity"], rows)
+        difference = gain(run, adam) if asked.optimizer != REFERENCE else None
+        text = "–" if difference is None else f"{difference:+.4f}"
+        rows.append([name_of(asked.optimizer), *rates, linked(run, out) if run else NOT_RUN, text])
+    return markdown(["method", "matrix rate", "Adam group", "perplexity", "loss less that of Adam's better run"], rows)
 
 
 # Cells -----------------------------------------------------------------------------------------------------------------
@@ -459,11 +516,15 @@ def compared(row: Row) -> tuple[str, str, str]:
 
 
 def same_seeds(row: Row) -> str:
+    return "–" if row.paired is None else _lower(row.paired)
+
+
+def _lower(pairs: Paired) -> str:
     """In how many of the common seeds the loss is lower than the reference's, and the interval of the mean difference."""
-    if row.paired is None or not row.paired.seeds:
+    if not pairs.seeds:
         return "–"
-    reach = row.paired.interval
-    return f"{row.paired.lower} of {row.paired.seeds}" + (f" [{reach[0]:+.4f}, {reach[1]:+.4f}]" if reach else "")
+    reach = pairs.interval
+    return f"{pairs.lower} of {pairs.seeds}" + (f" [{reach[0]:+.4f}, {reach[1]:+.4f}]" if reach else "")
 
 
 def interval(difference: float, reach: tuple[float, float] | None) -> str:

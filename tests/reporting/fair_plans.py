@@ -50,6 +50,19 @@ PLANS = {
         "seeds": [42],
         "variants": {"adam_b95": {"optimizer": "adam", "settings": ["optimizer.betas=[0.9,0.95]"]}},
     },
+    "fair_rates_b95": {
+        "seeds": [42],
+        "extend": 3,
+        "adam_lr": {"default": [0.006, 0.02, 0.06]},
+        "lr": METHODS,
+        "settings": ["optimizer.adam_betas=[0.9,0.95]"],
+    },
+    "fair_best_b95": {
+        "rates_from": "fair_rates_b95",
+        "seeds": [43, 44, 45],
+        "settings": [f"trainer.steps={STEPS}", "optimizer.adam_betas=[0.9,0.95]"],
+        "variants": {"adam": None, "alice": None, "racs": None},
+    },
     "fair_long": {
         "rates_from": "fair_rates",
         "seeds": [43],

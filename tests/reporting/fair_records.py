@@ -19,12 +19,14 @@ Value = Callable[[str, Job, str], float | None]  # (sweep, job, variant) -> perp
 
 def write_fair(root: Path, plans: Path, value: Value, c4: float = 2.0) -> None:
     """Write the records of all plans in a folder below `root`; `c4` times the perplexity is what C4's text gives."""
-    grid = load_plan(plans / "fair_rates.yaml")
-    results = _write(root, grid, value, c4)
-    keys = [(model, name) for model in grid.models for name in grid.optimizers]
-    best = {key: pair for key in keys if (pair := grid.best(*key, results)) is not None}
-    for name in [file.stem for file in sorted(plans.glob("fair_*.yaml")) if file.stem != "fair_rates"]:
-        _write(root, replace(load_plan(plans / f"{name}.yaml"), rates=best), value, c4)
+    loaded = [load_plan(file) for file in sorted(plans.glob("fair_*.yaml"))]
+    best = {}
+    for grid in [plan for plan in loaded if plan.rates_from is None]:
+        results = _write(root, grid, value, c4)
+        keys = [(model, name) for model in grid.models for name in grid.optimizers]
+        best[grid.name] = {key: pair for key in keys if (pair := grid.best(*key, results)) is not None}
+    for plan in [plan for plan in loaded if plan.rates_from is not None]:
+        _write(root, replace(plan, rates=best[plan.rates_from]), value, c4)
 
 
 def _write(root: Path, plan: Plan, value: Value, c4: float) -> Mapping[str, float]:

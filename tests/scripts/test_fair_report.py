@@ -61,14 +61,14 @@ def test_the_check_passes_writes_nothing_and_fails_naming_what_disagrees(root, c
     before = page.read_bytes()
     assert command.main(arguments(root, "--check")) == 0
     said = capsys.readouterr()
-    assert "README.md and 4 pictures: the page agrees with the records." in said.out and not said.err
+    assert "runs.md and 4 pictures: the pages agree with the records." in said.out and not said.err
     file = root / "runs/fair_repeat/llama_tiny/alice-s42/summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"perplexity": 51.0}))
     assert command.main(arguments(root, "--check")) == 1
     assert page.read_bytes() == before
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2  # the table of repetitions, and that of all runs
-    assert '"The same run twice": disagrees with the records' in errors[0] and '"Every run"' in errors[1]
+    assert '"The same run twice": disagrees with the records' in errors[0] and "every run" in errors[1]
     (root / "figures/sensitivity.svg").unlink()
     page.unlink()
     assert command.main(arguments(root, "--check")) == 1

@@ -407,7 +407,8 @@ def finish(suite: Suite, job: Job, code: int | None, slow: bool, seconds: float,
     if job.run is not None and (job.run / "config.yaml").is_file():
         if code == DIVERGED:
             state = "diverged"
-            write_json(job.run / "diverged.json", divergence(text, job.run))
+            if not (job.run / "diverged.json").is_file():  # train.py writes it
+                write_json(job.run / "diverged.json", divergence(text, job.run))
         keep = suite.out / "runs" / job.run.name
         keep.mkdir(parents=True, exist_ok=True)
         for name in RECORD_FILES:

@@ -65,7 +65,7 @@ class Retries:
         if self.count > limit:
             raise UserError(
                 f"{self.what} failed {self.count} times in a row, the last time with {_short(error)}: check the "
-                f"connection, raise data.retries or data.timeout, and {RESUME}; or {OFFLINE}."
+                f"connection, raise data.retries or data.timeout, and {RESUME}; for a new run, {OFFLINE}."
             ) from error
         seconds = min(LONGEST_PAUSE, 2.0 ** (self.count - 1)) * SystemRandom().uniform(0.75, 1.25)
         asked = _asked_pause(error)

@@ -77,8 +77,13 @@ def largest_entry(X: Tensor) -> Tensor:
 
 
 def matmul_rounding() -> float:
-    """Relative error of the factors of float32 products, as torch has been told to compute them (TF32 or bfloat16)."""
-    return {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    """Relative error of the factors of float32 products, as torch has been told to compute them (TF32 or bfloat16).
+
+    The larger one of GPU and CPU. ``torch.get_float32_matmul_precision`` would raise where they were told apart.
+    """
+    cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    told = (torch.backends.cuda.matmul.fp32_precision, cpu.fp32_precision)
+    return max({"tf32": 2.0**-10, "bf16": 2.0**-7}.get(each, 2.0**-23) for each in told)
 
 
 def unit_scale(X: Tensor) -> Tensor:

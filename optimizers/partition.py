@@ -33,9 +33,11 @@ def partition(
     """Parameter groups: the matrices inside the network, and everything else for Adam.
 
     As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters but
-    embeddings and the output layer; those, norms and biases go to Adam. Frozen parameters are left out, shared
-    ones appear once (an output layer that shares the embedding's weight is an embedding). Weights of three
-    dimensions, as experts that are stored together, go to Adam with a warning, unless ``matrices`` or ``adam`` say so.
+    embeddings and the output layer; those, norms and biases go to Adam. The output layer is the one that
+    ``get_output_embeddings`` returns, or that is named so, or the only matrix of the largest embedding's shape. Frozen
+    parameters are left out, shared ones appear once (an output layer that shares the embedding's weight is an
+    embedding). Weights of three dimensions, as experts that are stored together, go to Adam with a warning, unless
+    ``matrices`` or ``adam`` say so.
 
     Args:
         model: any module; wrappers (DDP, torch.compile) are looked through.
@@ -146,9 +148,16 @@ def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
 
 
 def _output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor | None:
-    """The weight of the layer that makes logits: what the model says, else what its name says."""
+    """The weight of the layer that makes logits: what the model says, else what its name or at last its shape says."""
     for module in model.modules():  # a wrapper has no such method, the model inside it has
         layer = getattr(module, "get_output_embeddings", lambda: None)()
         if layer is not None:
             return getattr(layer, "weight", None)
-    return next((p for name, p in parameters.items() if _OUTPUT.search(name)), None)
+    named = next((p for name, p in parameters.items() if _OUTPUT.search(name)), None)
+    if named is not None:
+        return named
+    # By its shape: the only matrix that looks like the largest embedding
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    largest = max((table.shape for table in tables), default=None)
+    alike = [p for p in parameters.values() if p.shape == largest and not any(p is table for table in tables)]
+    return alike[0] if len(alike) == 1 else None

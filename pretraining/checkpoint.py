@@ -31,14 +31,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.errors import UserError
 from optimizers.sharding import is_sharded, local
 
-from .record import read_regular
+from .record import read_regular, without_younger
 from .throughput import Meters
 
 PREFIX = "step-"
 SUMS = "SHA256SUMS"
 VISIBLE_SECONDS = 30.0  # that a folder may take to be seen by other nodes
 STATE = "state.json"
-RATES = ("lr", "initial_lr")  # of a parameter group: the schedule sets them
+FREE = ("lr", "adam_lr", "weight_decay", "log_basis", "products")  # options that a later run may change
+SET_ANEW = (*FREE, "initial_lr")  # of a parameter group: not restored
 
 
 def save(
@@ -189,10 +190,12 @@ def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> No
     Raises:
         UserError: naming the first option that does.
     """
-    for key in sorted((saved.keys() | own.keys()) - {"lr", "adam_lr", "weight_decay", "log_basis", "products"}):
-        if saved.get(key) != own.get(key):
+    named_own, named_saved = ({f"optimizer.{key}": x for key, x in part.items()} for part in (own, saved))
+    compared = without_younger(named_own, named_saved, {"optimizer": own})
+    for key in sorted((named_saved.keys() | compared.keys()) - {f"optimizer.{key}" for key in FREE}):
+        if named_saved.get(key) != compared.get(key):
             raise UserError(
-                f"{path} was made with optimizer.{key}={saved.get(key)}, not {own.get(key)}: set it so, or start anew"
+                f"{path} was made with {key}={named_saved.get(key)}, not {compared.get(key)}: set it so, or start anew"
             )
 
 
@@ -349,9 +352,9 @@ def optimizer_state(
                 )
     for i, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            if isinstance(value, Tensor) and key not in RATES:
+            if isinstance(value, Tensor) and key not in SET_ANEW:
                 tensors[f"optimizer/group {i}/{key}"] = value
-            elif isinstance(value, (bool, int, float)) and key not in RATES:
+            elif isinstance(value, (bool, int, float)) and key not in SET_ANEW:
                 numbers.setdefault(f"group {i}", {})[key] = value
     return tensors, numbers
 
@@ -372,7 +375,8 @@ def load_optimizer_state(
             by_name.setdefault(name, {})[state] = value
     state_dict = optimizer.state_dict()
     for i, group in enumerate(state_dict["param_groups"]):
-        group.update(by_name.pop(f"group {i}", {}))
+        saved = by_name.pop(f"group {i}", {})
+        group.update({key: value for key, value in saved.items() if key not in SET_ANEW})
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     owners = getattr(optimizer, "owners", None)
     kept = {i: names[p] for i, p in enumerate(ordered) if owners is None or owners.keeps(p)}

@@ -22,6 +22,7 @@ from .parallel import check_parallel, layout
 AUTO_TOKENS = {"cuda": 2**14, "cpu": 2**12}
 ACTIVATIONS = 0.5  # of a GPU's memory, for auto: the rest is for weights, gradients, states and the loss
 FEWEST_REFRESHES = 25  # with fewer, a run is told of its interval
+LARGE = 2e7  # parameters that nobody means to train on a CPU
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     weights = parameters * dtype.itemsize
     gradients = max(p.nbytes for p in model.parameters()) if cfg.trainer.layerwise else weights
     sizes = _state_sizes(optimizer)
-    warnings = tuple(_warnings(cfg, precision, optimizer))
+    warnings = tuple(_warnings(cfg, precision, optimizer, device, parameters))
     t, rows, length = cfg.trainer, cfg.trainer.batch_size, cfg.data.length
     tokens = rows * length
     split = describe(optimizer.param_groups).splitlines()
@@ -154,7 +155,12 @@ def data_workers(cfg: DictConfig, device: torch.device) -> int:
     return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // ranks - 1))
 
 
-def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer):
+def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer, device: torch.device, parameters: int):
+    if cfg.trainer.device == "auto" and device.type == "cpu" and parameters > LARGE:
+        yield (
+            f"torch sees no GPU, so {_count(parameters)} parameters are trained on the CPU: trainer.device=cuda refuses that, "
+            "trainer.device=cpu says that it is meant"
+        )
     if precision == "bf16":
         worst = max(
             (

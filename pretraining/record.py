@@ -81,7 +81,8 @@ class RunRecord:
         if not file.exists():
             return
         there = _comparable(read_config(file))
-        differences = _differences(there, _comparable(self.config))
+        here = _comparable(self.config)
+        differences = _differences(there, without_younger(here, there, self.config))
         if differences:
             raise UserError(
                 f"{self.path} holds a run of another configuration ({'; '.join(differences[:4])}): choose another "
@@ -111,7 +112,8 @@ class RunRecord:
                 raise UserError(f"{file} cannot be read ({error!r} in resumed): restore or remove it") from error
             environment = {**first, "resumed": [*resumed, {"step": step, **environment}]}
         write_json(file, environment)
-        (self.path / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", "diverged.json"):
+            (self.path / name).unlink(missing_ok=True)
         last_eval = step if evaluated else step - 1
         lines = [
             line
@@ -125,6 +127,12 @@ class RunRecord:
             parts = re.findall(r"^--- step (\d{1,18})$(.*?)(?=^--- step \d|\Z)", whole, flags=re.MULTILINE | re.DOTALL)
             kept = (f"--- step {number}{text}" for number, text in parts if int(number) <= last_eval)
             replace_text(self.samples_file, "".join(kept))
+
+    def diverge(self, step: int, message: str) -> None:
+        """Write down that training has diverged, until the run goes on."""
+        if self.write:
+            with self._writing():
+                write_json(self.path / "diverged.json", {"step": step, "message": message})
 
     @property
     def metrics_file(self) -> Path:
@@ -337,6 +345,26 @@ def _comparable(config: Any) -> dict[str, Any]:
         for key, value in flat.items()
         if not any(key == name or key.startswith(name + ".") for name in INDIFFERENT)
     }
+
+
+def without_younger(here: Mapping[str, Any], there: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """``here`` without the settings that ``there``, of an older version, does not know, where they are at their defaults.
+
+    Args:
+        config: which model, optimizer and data have those defaults.
+    """
+    younger = here.keys() - there.keys()
+    if not younger:
+        return dict(here)
+    from .config import compose
+
+    groups = [(group, config.get(group)) for group in ("model", "optimizer", "data")]
+    chosen = [f"{group}={part['name']}" for group, part in groups if isinstance(part, Mapping) and "name" in part]
+    try:
+        defaults = dict(_flatten(OmegaConf.to_container(compose(chosen), resolve=True)))
+    except UserError:  # a model of one's own, say
+        return dict(here)
+    return {key: x for key, x in here.items() if not (key in younger and key in defaults and defaults[key] == x)}
 
 
 def _flatten(node: Any, prefix: str = ""):

@@ -24,14 +24,15 @@ class NoTracker:
 
 
 class TensorBoard:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, done: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
                 "tracker.name=tensorboard needs a package: pip install tensorboard, or use tracker.name=none"
             ) from error
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # What an interrupted part has told of steps that are done again is not shown.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -65,16 +66,22 @@ class Wandb:
             dir=str(run_dir),
             config=config,
         )
+        # An axis of our own: wandb drops what comes with a step below its last one, as steps that are done again do.
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self.run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self.run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
     def close(self) -> None:
         self.run.finish()
 
 
-def make_tracker(cfg: DictConfig, run_dir: Path, config: dict[str, Any], write: bool) -> Tracker:
-    """The tracker of ``cfg.name``: none | wandb | tensorboard; none on all ranks but the first."""
+def make_tracker(cfg: DictConfig, run_dir: Path, config: dict[str, Any], done: int, write: bool) -> Tracker:
+    """The tracker of ``cfg.name``: none | wandb | tensorboard; none on all ranks but the first.
+
+    Args:
+        done: steps that the run has behind it.
+    """
     if not write or cfg.name == "none":
         return NoTracker()
-    return TensorBoard(run_dir) if cfg.name == "tensorboard" else Wandb(run_dir, cfg, config)
+    return TensorBoard(run_dir, done) if cfg.name == "tensorboard" else Wandb(run_dir, cfg, config)

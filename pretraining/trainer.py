@@ -31,6 +31,7 @@ from data import (
 )
 from data.errors import UserError
 from optimizers import MatrixOptimizer
+from optimizers.base import is_update_time
 from optimizers.sharding import local
 
 from . import checkpoint
@@ -69,9 +70,13 @@ LOWER = "lower optimizer.lr or optimizer.adam_lr, lengthen trainer.warmup_fracti
 
 
 class NonFiniteLoss(UserError):
-    """Training has diverged."""
+    """Training has diverged, at ``step``."""
 
     exit_code = 3
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def train(cfg: DictConfig) -> Path | None:
@@ -225,7 +230,7 @@ class Trainer:
         self.meters = Meters()
         self._resume()
         self.record.start(self._environment(), self.done, self.evaluated == self.done)
-        self.tracker = make_tracker(cfg.tracker, run_dir, self.record.config, write=self.main)
+        self.tracker = make_tracker(cfg.tracker, run_dir, self.record.config, self.done, write=self.main)
         # On a GPU the host must not wait for every step: figures are read one step later. A skipped step has to be known
         # before its update, so on_nonfinite=skip waits.
         self.lag = 1 if self.device.type == "cuda" and cfg.trainer.on_nonfinite == "stop" else 0
@@ -319,7 +324,7 @@ class Trainer:
         Raises:
             Stopped: a signal came; the state is saved.
             UserError: out of memory.
-            NonFiniteLoss: training has diverged; the last checkpoint is from before.
+            NonFiniteLoss: training has diverged, and the record says so; the last checkpoint is from before.
         """
         self.bar = tqdm(
             total=self.steps, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.main else True
@@ -329,6 +334,9 @@ class Trainer:
                 self._loop()
         except Stopped:  # by all ranks together; any other error may be of one alone, and the launcher ends the rest
             self.accelerator.end_training()
+            raise
+        except NonFiniteLoss as error:
+            self.record.diverge(error.step, str(error))
             raise
         except torch.OutOfMemoryError as error:
             rows = micro_batch_rows(self.cfg, self.cfg.trainer.batch_size, self.device)
@@ -395,7 +403,8 @@ class Trainer:
         figures = self._figures(loss, targets, waited)
         if self.lag or self._is_finite(figures):  # without lag, known before anything can reach the weights
             figures.timer = self.layerwise.times if self.layerwise else self._update(rows, targets, figures)
-            if self.cfg.optimizer.get("log_basis"):
+            o = self.cfg.optimizer
+            if o.get("log_basis") and is_update_time(self.done + 1 - self.skipped, o.update_interval, o.update_times):
                 figures.bases = self.parallel.gather(self.optimizer.basis_log)  # type: ignore[attr-defined]
                 self.optimizer.basis_log.clear()  # type: ignore[attr-defined]
         self.done += 1
@@ -436,7 +445,7 @@ class Trainer:
         """What to say of a decomposition that failed: numbers that are not finite are the likelier reason."""
         self._settle(0)
         self._is_finite(figures)
-        return NonFiniteLoss(f"no eigenvectors at step {figures.step}: {error}")
+        return NonFiniteLoss(f"no eigenvectors at step {figures.step}: {error}", figures.step)
 
     def _settle(self, left: int) -> None:
         """Read and report the figures of pending steps, until ``left`` are pending."""
@@ -467,7 +476,8 @@ class Trainer:
             f"the {what} is not finite at step {figures.step} (rate {figures.rates[0]:.3g}, Adam group "
             f"{figures.rates[-1]:.3g})"
             + (f", and {self.skipped} steps were skipped before" if self.skipped else "")
-            + f"; {self._last_good()}; {LOWER}"
+            + f"; {self._last_good()}; {LOWER}",
+            figures.step,
         )
 
     def _stop_if_asked(self) -> None:
@@ -485,7 +495,8 @@ class Trainer:
         if self.cfg.trainer.save_every:
             if self.saved != self.done:
                 self._save()
-            raise Stopped(f"stopped by {name} after step {self.done}, which is saved: the same command continues")
+            how = "" if self.cfg.trainer.resume == "auto" else " with trainer.resume=auto"
+            raise Stopped(f"stopped by {name} after step {self.done}, which is saved: the same command{how} continues")
         raise Stopped(f"stopped by {name} after step {self.done}; trainer.save_every=0: nothing is saved")
 
     def _asked_here(self) -> bool:
@@ -639,7 +650,7 @@ class Trainer:
             )
         if result is not None and not math.isfinite(result.loss):  # of weights that the last update has lost
             raise NonFiniteLoss(
-                f"the validation loss is not finite after step {self.done}; {self._last_good()}; {LOWER}"
+                f"the validation loss is not finite after step {self.done}; {self._last_good()}; {LOWER}", self.done
             )
         if again or result is None:
             return result
@@ -672,7 +683,8 @@ class Trainer:
         finite = torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all()
         if self.parallel.any(~finite):
             raise NonFiniteLoss(
-                f"the weights are not finite after step {self.done}, which is not saved; {self._last_good()}; {LOWER}"
+                f"the weights are not finite after step {self.done}, which is not saved; {self._last_good()}; {LOWER}",
+                self.done,
             )
         self.record.flush()
         meta = {
@@ -768,8 +780,10 @@ def make_accelerator(device: torch.device) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # The others wait while the first rank checks and hashes a checkpoint: 80 GB at 150 MB/s take NCCL's usual ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
-    # Precision is ours to choose: what `accelerate config` left on the machine must not change a run unnoticed.
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp, patient])
+    # Precision and compilation are ours to choose: what `accelerate config` left must not change a run unnoticed.
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp, patient]
+    )
     if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         raise UserError(
             f"this machine's accelerate configuration asks for {accelerator.distributed_type}, which the optimizers cannot "

@@ -211,13 +211,14 @@ def work(jobs: Sequence[Job], trainer: Sequence[str], settings: Sequence[str], r
             continue
         if job.state != "finished":
             code = train(job, trainer, settings, root)
+            diverged = (root / job.folder / "diverged.json").is_file()  # a result; a launcher's exit code may hide it
             if code == STOPPED:
                 raise Terminated
-            if code != 0:
+            if code != 0 and not diverged:
                 failed[job.name] = f"ended with exit code {code}"
                 print(f"error: {job.name} ended with exit code {code}; going on with the others", file=sys.stderr)
                 continue
-            if not (root / job.folder / "summary.json").is_file():
+            if not diverged and not (root / job.folder / "summary.json").is_file():
                 failed[job.name] = "wrote no summary.json"
                 continue
         keep(job, root)

@@ -274,7 +274,8 @@ class Sweep:
         if not evaluated.is_file() or job.name in self.spent:  # one that was only evaluated here does not tell
             self.spent[job.name] = self.spent.get(job.name, 0.0) + seconds
         if code == DIVERGED and (folder / "config.yaml").is_file():
-            (folder / "diverged.json").write_text(json.dumps(divergence(text, folder), indent=2) + "\n")
+            if not (folder / "diverged.json").is_file():  # train.py writes it
+                (folder / "diverged.json").write_text(json.dumps(divergence(text, folder), indent=2) + "\n")
         elif code != 0 or not (folder / "summary.json").is_file():
             return self._crash(job, code, text)
         elif evaluated.is_file():

@@ -62,6 +62,8 @@ def environment(slot: Slot, parallel: int) -> dict[str, str]:
     processes = parallel * max(1, len(slot))
     if processes > 1:  # or every process would take all cores and they would slow each other down
         found["OMP_NUM_THREADS"] = str(max(1, cores() // processes))
+    if len(slot) > 1:  # torchrun kills what it has told to stop after 30 s, which a step and a save may exceed
+        found["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
     return found
 
 

@@ -3,6 +3,9 @@
 import copy
 import inspect
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,3 +428,22 @@ def test_what_changes_with_the_step_is_not_compiled(name):
     optimizer = build(parameters(), **{**preset, **({"rank": 2} if "rank" in takes else {})})
     with pytest.raises(ValueError, match="leave its compilation out"):
         optimizer.compile()
+
+
+@pytest.mark.parametrize("setting", ["", "cuda.matmul.", "mkldnn.matmul."])
+def test_steps_where_products_are_told_apart_by_device(setting):
+    """torch's newer settings of TF32, which transformers makes as well: the older question about them raises then."""
+    code = f"""
+import torch
+from optimizers import RACS, Alice, Muon
+from optimizers.linalg import matmul_rounding
+assert matmul_rounding() == 2.0**-23
+torch.backends.{setting}fp32_precision = "tf32"
+assert matmul_rounding() == 2.0**-10
+for method in (RACS, Alice, Muon):
+    x = torch.nn.Parameter(torch.ones(8, 12))
+    x.grad = torch.randn(8, 12)
+    method([x], lr=0.1, **({{"rank": 2, "leading": 1}} if method is Alice else {{}})).step()
+    assert x.isfinite().all() and (x != 1).any()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

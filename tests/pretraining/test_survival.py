@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from data.errors import UserError
@@ -485,6 +486,34 @@ def test_a_checkpoint_opens_in_another_precision(tmp_path, optimizer, first, the
     trainer.run()
     there, here = (lines(tmp_path / name, "train")[-1]["loss"] for name in ("first", "then"))
     assert here == pytest.approx(there, rel=0.05)
+
+
+def test_what_a_later_run_may_change_is_taken_from_its_own_settings(run, tmp_path):
+    changed = ["optimizer.weight_decay=0.25", "optimizer.lr=0.5", "optimizer.log_basis=true"]
+    cfg = config(tmp_path / "then", *changed, f"trainer.resume={run}/checkpoints/step-0000004")
+    trainer = Trainer(cfg, make_plan(cfg))
+    groups = trainer.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups if not group["adam"]] == [0.25]
+    assert trainer.optimizer.basis_log is not None
+    trainer.batches.close()
+
+
+def test_a_setting_that_is_younger_than_the_run_has_its_default(copy):
+    """In the record and in the checkpoint; another value of it is another run."""
+    file, more = copy / "config.yaml", ["trainer.save_every=2", "trainer.keep_last=9"]
+    cfg = yaml.safe_load(file.read_text())
+    del cfg["optimizer"]["fix_signs"], cfg["trainer"]["warmup_fraction"]
+    file.write_text(yaml.safe_dump(cfg))
+    path = copy / "checkpoints/step-0000004"
+    with pytest.raises(UserError, match=r"optimizer.fix_signs: None there, False here"):
+        train(config(copy, *more, "optimizer.fix_signs=false", f"trainer.resume={path}"))
+    state = path / "state.json"
+    saved = json.loads(state.read_text())
+    del saved["optimizer"]["fix_signs"]
+    with pytest.raises(UserError, match=r"optimizer.fix_signs=None, not False"):
+        checkpoint._check_options(path, saved["optimizer"], {**cfg["optimizer"], "fix_signs": False})
+    checkpoint._check_options(path, saved["optimizer"], {**cfg["optimizer"], "fix_signs": True})
+    train(config(copy, *more, f"trainer.resume={path}"))
 
 
 # The record

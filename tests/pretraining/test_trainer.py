@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from data.errors import UserError
 from pretraining import checkpoint
@@ -270,6 +271,11 @@ def test_divergence_stops_the_run_and_keeps_the_record(tmp_path):
         )  # fmt: skip
     assert caught.value.exit_code == 3
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run", "train"))
+    written = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert written == {
+        "step": caught.value.step,
+        "message": str(caught.value),
+    } and f"at step {caught.value.step} " in str(caught.value)
 
 
 @pytest.mark.parametrize("step", [2, 3])
@@ -454,6 +460,32 @@ def test_tensorboard_mirrors_the_record(tmp_path):
     events.Reload()
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx([line["loss"] for line in lines(tmp_path / "run", "train")], rel=1e-6)
+
+
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from pretraining.trackers import make_tracker
+
+    for done, values in ((0, [3.0, 2.0, 1.0]), (1, [7.0, 6.0])):
+        tracker = make_tracker(OmegaConf.create({"name": "tensorboard"}), tmp_path, {}, done, write=True)
+        for step, value in enumerate(values, done + 1):
+            tracker.log("train", step, {"loss": value})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 3.0), (2, 7.0), (3, 6.0)]
+
+
+def test_what_accelerate_config_says_of_compilation_is_not_used():
+    code = (
+        "import torch; from pretraining.trainer import make_accelerator; "
+        "print(make_accelerator(torch.device('cpu')).state.dynamo_plugin.backend.value)"
+    )
+    said = {**os.environ, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=said, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["NO"]
 
 
 def test_wandb_offline_mirrors_the_record(tmp_path, monkeypatch):

@@ -156,6 +156,20 @@ def test_a_crash_is_reported_and_the_others_go_on(place: Path, capsys: pytest.Ca
     assert [call["experiment"] for call in calls(place)][2:] == ["table2/adam_60m"]
 
 
+@pytest.mark.parametrize("code", [3, 1])  # of train.py, and of a launcher that started it
+def test_a_run_that_diverged_is_recorded_and_not_run_again(place: Path, code: int) -> None:
+    (place / "crash.txt").write_text(json.dumps({"table2/racs_60m": code}))
+    (place / "trainer.py").write_text(
+        TRAINER.replace(
+            "if code:", 'if code:\n    (folder / "diverged.json").write_text(\'{"step": 7, "message": ""}\')'
+        )
+    )
+    assert reproduce(place, *RACS_AND_ADAM) == 0
+    assert (place / "results/runs/paper/table2/racs_60m/s42/diverged.json").is_file()
+    before = len(calls(place))
+    assert reproduce(place, *RACS_AND_ADAM) == 0 and len(calls(place)) == before == 2
+
+
 def test_a_trainer_that_leaves_no_summary_has_failed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "trainer.py").write_text("")
     assert reproduce(place, "figure6") == 1

@@ -53,7 +53,9 @@ def test_a_run_sees_its_gpus_and_its_share_of_the_cores():
     assert environment(("2", "3"), 2) == {
         "CUDA_VISIBLE_DEVICES": "2,3",
         "OMP_NUM_THREADS": str(max(1, cores() // 4)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100",  # of torchrun, below a job's warning of 120 s
     }
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in environment(("2",), 2)
     assert environment((), 1) == {}
 
 

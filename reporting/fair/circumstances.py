@@ -63,7 +63,20 @@ def made(fair: Fair) -> str:
                 units.duration(sum(seconds)) if seconds else "–",
             ]
         )
-    return "\n\n".join([TEXT, markdown(head, rows, left=2), *([_shared(fair)] if fair.runs() else [])])
+    return "\n\n".join(
+        [TEXT, markdown(head, rows, left=2), *([_shared(fair), *_uncommitted(fair)] if fair.runs() else [])]
+    )
+
+
+def _uncommitted(fair: Fair) -> list[str]:
+    """That runs are from a working tree with changes, if some are, and what shows whether that matters."""
+    changed = [run for run in fair.runs() if run.environment.get("uncommitted_changes")]
+    if not changed:
+        return []
+    return [
+        f"{len(changed)} runs were made in a working tree with uncommitted changes, which no commit tells. Some of them were "
+        "[run again](#the-same-run-twice) at a commit: what those differ by."
+    ]
 
 
 def _shared(fair: Fair) -> str:

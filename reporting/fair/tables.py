@@ -145,11 +145,11 @@ def verdicts(fair: Fair) -> str:
                 rows = {row.name: row for row in table(form, model)}
                 if any(row.settled and row.pair is not None for row in rows.values()):
                     columns[f"{name_of(against)}{suffix}, {model}"] = against, rows
-    names = [row.name for row in methods(fair, fair.models[0])] if fair.models else []
+    names = [row.name for row in methods(fair, fair.models[0]) if row.name != REFERENCE] if fair.models else []
 
     def cell(name: str, against: str, rows: dict[str, Row]) -> str:
         row = rows.get(name)
-        if name == against or (name, against) == (REFERENCE, PLAIN):
+        if name == against:
             return "–"
         return word(row) if row is not None and row.settled else "open"
 

@@ -37,6 +37,7 @@ from reporting.fair.tables import (
     CHOICES,
     PARTS,
     batch,
+    both_betas,
     elsewhere,
     gains_table,
     lengths,
@@ -50,6 +51,7 @@ from reporting.fair.tables import (
     steps_table,
     untuned,
     variants,
+    verdicts,
 )
 from scripts.fair_report import plans
 from tests.reporting.fair_plans import BEST, MODELS, STEPS, perplexity, write_plans
@@ -499,13 +501,34 @@ def test_the_answer_says_what_holds_on_both_models_and_where_they_disagree(fair)
     against_alice = text[text.index("better than Alice on both models") :]
     assert "models: none; worse on both: none; no difference claimed on either: none; opposite" in against_alice
     assert "RACS (`llama_tiny`: worse, `llama_tiny_4k`: better)" in text
-    assert text.count("With beta_2 = 0.95 in every Adam: By the rule, better than Adam on both models: none") == 1
+    assert text.count("With beta_2 = 0.95 in every Adam: by the rule, better than Adam on both models: none") == 1
     found = gains(fair, TINY, "alice")
     low, high = sorted((found.optimizer, found.optimizer_low))
     assert f"{found.as_paper:+.2f} on `llama_tiny` ({low:+.2f} to {high:+.2f} from the optimizer; each at its" in text
     assert f"own best pair {math.log(60 / 50):+.2f})" in text and "Compared like that, 12 steps" in text
     gain_64k = math.log(30 / 20)
     assert f"Alice from {math.log(60 / 50):+.2f} to {gain_64k:+.2f} on `llama_tiny`" in text
+
+
+def test_better_than_adam_without_more_means_with_either_beta_2(fair, whole):
+    """Alice made better on both models, then on the second model of one form alone."""
+    said = "Better than Adam by the rule, on both models and with either beta_2: "
+    assert said + "none." in answer(fair)
+    for sweep in ("fair_best", "fair_best_b95"):
+        for seed, value in ((43, 40.0), (44, 40.1), (45, 40.2)):
+            fair = changed(fair, f"{sweep}/{TINY_4K}/alice-s{seed}", perplexity=value)
+    assert said + "Alice." in answer(fair)
+    shown = cells(verdicts(fair), "Alice")
+    assert shown == ["Alice", "better", "better", "–", "–", "better", "better", "–", "–"]
+    assert cells(verdicts(fair), "RACS")[1:3] == ["worse", "worse"]
+    for seed in (43, 44, 45):
+        fair = changed(fair, f"fair_best_b95/{TINY_4K}/alice-s{seed}", perplexity=60.0 + seed / 100)
+    assert said + "none." in answer(fair)
+    some = without(fair, "fair_best_b95/llama_tiny/racs-s45")
+    assert not any(each.startswith(said) for each in answer(some))
+    assert cells(verdicts(some), "RACS")[5] == "open"
+    row = cells(both_betas(fair, TINY, whole), "Alice")
+    assert row == ["Alice", "50.00 ± 0.25", "50.00 ± 0.25", "0 of 3"]
 
 
 def test_what_the_paper_does_not_say_is_not_stated_as_a_fact(fair, whole):

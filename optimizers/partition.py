@@ -34,9 +34,9 @@ def partition(
 
     As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters but
     embeddings and the output layer; those, norms and biases go to Adam. The output layer is the one that
-    ``get_output_embeddings`` returns, or that is named so, or the only matrix of the largest embedding's shape. Frozen
-    parameters are left out, shared ones appear once (an output layer that shares the embedding's weight is an
-    embedding). Weights of three dimensions, as experts that are stored together, go to Adam with a warning, unless
+    ``get_output_embeddings`` returns, or that is named so, or the only matrix of an embedding's shape outside numbered
+    blocks. Frozen parameters are left out, shared ones appear once (an output layer that shares the embedding's weight
+    is an embedding). Weights of three dimensions, as experts that are stored together, go to Adam with a warning, unless
     ``matrices`` or ``adam`` say so.
 
     Args:
@@ -62,12 +62,12 @@ def partition(
     if len(parameters) < len(trainable):  # a part of the model itself is called like a wrapper
         parameters = dict(trainable)
     embeddings = {
-        id(p)
+        id(p): p
         for module in model.modules()
         if isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__
         for p in module.parameters(recurse=False)
     }
-    output = _output_layer(model, parameters)
+    output = _output_layer(model, parameters, embeddings)
     if last_layer == "candidate" and output is not None and id(output) in embeddings:
         raise ValueError("the output layer shares its weight with the embedding; set last_layer to adam")
 
@@ -147,7 +147,9 @@ def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return params
 
 
-def _output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor | None:
+def _output_layer(
+    model: nn.Module, parameters: Mapping[str, Tensor], embeddings: Mapping[int, Tensor]
+) -> Tensor | None:
     """The weight of the layer that makes logits: what the model says, else what its name or at last its shape says."""
     for module in model.modules():  # a wrapper has no such method, the model inside it has
         layer = getattr(module, "get_output_embeddings", lambda: None)()
@@ -156,8 +158,11 @@ def _output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor 
     named = next((p for name, p in parameters.items() if _OUTPUT.search(name)), None)
     if named is not None:
         return named
-    # By its shape: the only matrix that looks like the largest embedding
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    largest = max((table.shape for table in tables), default=None)
-    alike = [p for p in parameters.values() if p.shape == largest and not any(p is table for table in tables)]
+    # The only matrix outside numbered blocks that has the shape of an embedding
+    shapes = {p.shape for p in embeddings.values() if p.ndim == 2}
+    alike = [
+        p
+        for name, p in parameters.items()
+        if p.shape in shapes and id(p) not in embeddings and not re.search(r"(?:^|\.)\d+\.", name)
+    ]
     return alike[0] if len(alike) == 1 else None

@@ -119,14 +119,14 @@ def save(
     return target
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> dict[str, Any]:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> dict[str, Any]:
     """Put a checkpoint's weights, states and random states in place; returns what was saved as ``meta``.
 
     It may have been written on another device, by another number of ranks, or with weights of another dtype. Optimizer
     states keep the dtype that they were saved with.
 
     Args:
-        options: the optimizer's configuration, as ``meta["optimizer"]`` held it when the checkpoint was saved.
+        config: of the run; its ``optimizer`` is what ``meta["optimizer"]`` held when the checkpoint was saved.
 
     Raises:
         UserError: not a checkpoint, a damaged one, or one of another model or optimizer; nothing has been changed then.
@@ -137,7 +137,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options
         raise UserError(f"{path} cannot be used: the first rank says why") from error
     tensors, meta = _read(path, _Layout(model, optimizer))
     try:
-        _check_options(path, meta["optimizer"], options)
+        _check_options(path, meta["optimizer"], config)
         numbers = meta.pop("numbers")
         _put_weights(path, tensors, model)
         load_optimizer_state(model, optimizer, tensors, numbers)
@@ -182,7 +182,7 @@ def step_of(path: Path) -> int:
     return _read_json(path)["step"]
 
 
-def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+def _check_options(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse states that another method, or the same one with other options, has made.
 
     Rates and weight decay may differ, and what changes no state but by rounding: log_basis and products.
@@ -190,8 +190,8 @@ def _check_options(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> No
     Raises:
         UserError: naming the first option that does.
     """
-    named_own, named_saved = ({f"optimizer.{key}": x for key, x in part.items()} for part in (own, saved))
-    compared = without_younger(named_own, named_saved, {"optimizer": own})
+    own, named_saved = ({f"optimizer.{key}": x for key, x in part.items()} for part in (config["optimizer"], saved))
+    compared = without_younger(own, named_saved, config)
     for key in sorted((named_saved.keys() | compared.keys()) - {f"optimizer.{key}" for key in FREE}):
         if named_saved.get(key) != compared.get(key):
             raise UserError(

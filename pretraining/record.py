@@ -17,8 +17,11 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
+
+C4 = "allenai/c4"  # on the Hub; configs/data/c4.yaml
 
 # Settings that change no number beyond rounding: a run may go on under other values of these.
 INDIFFERENT = (
@@ -351,20 +354,27 @@ def without_younger(here: Mapping[str, Any], there: Mapping[str, Any], config: M
     """``here`` without the settings that ``there``, of an older version, does not know, where they are at their defaults.
 
     Args:
-        config: which model, optimizer and data have those defaults.
+        config: the whole of it: which model, optimizer, data and seed have those defaults.
     """
     younger = here.keys() - there.keys()
-    if not younger:
-        return dict(here)
+    defaults = _defaults(config) if younger else {}
+    return {key: x for key, x in here.items() if not (key in younger and key in defaults and defaults[key] == x)}
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting as it is where only model, optimizer, data and seed are chosen."""
     from .config import compose
 
-    groups = [(group, config.get(group)) for group in ("model", "optimizer", "data")]
-    chosen = [f"{group}={part['name']}" for group, part in groups if isinstance(part, Mapping) and "name" in part]
-    try:
-        defaults = dict(_flatten(OmegaConf.to_container(compose(chosen), resolve=True)))
-    except UserError:  # a model of one's own, say
-        return dict(here)
-    return {key: x for key, x in here.items() if not (key in younger and key in defaults and defaults[key] == x)}
+    kind, name = (config.get("data", {}).get(key) for key in ("kind", "name"))
+    data = kind if kind != "hub" else "c4" if name == C4 else "hub"
+    found: dict[str, Any] = {}
+    for group, choice in (("data", data), ("model", config.get("model", {}).get("name"))):
+        chosen = [f"{group}={choice}", f"optimizer={config['optimizer']['name']}", f"seed={config.get('seed', 42)}"]
+        try:
+            found |= _flatten(OmegaConf.to_container(compose(chosen), resolve=True))
+        except (UserError, OmegaConfBaseException):  # a model of one's own, or a setting that must be given
+            continue
+    return found
 
 
 def _flatten(node: Any, prefix: str = ""):

@@ -32,7 +32,7 @@ class TensorBoard:
                 "tracker.name=tensorboard needs a package: pip install tensorboard, or use tracker.name=none"
             ) from error
         # What an interrupted part has told of steps that are done again is not shown.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():

@@ -285,7 +285,7 @@ class Trainer:
             raise UserError("the processes see different checkpoints: put run_dir on a filesystem that all nodes share")
         if path is None:
             return
-        meta = checkpoint.load(path, self.model, self.optimizer, self.record.config["optimizer"])
+        meta = checkpoint.load(path, self.model, self.optimizer, self.record.config)
         try:
             self.batches.load_state_dict(meta["data"])
         except UserError as error:
@@ -324,7 +324,8 @@ class Trainer:
         Raises:
             Stopped: a signal came; the state is saved.
             UserError: out of memory.
-            NonFiniteLoss: training has diverged, and the record says so; the last checkpoint is from before.
+            NonFiniteLoss: training has diverged; diverged.json says so, unless another rank than the first has failed alone.
+                The last checkpoint is from before.
         """
         self.bar = tqdm(
             total=self.steps, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.main else True

@@ -240,6 +240,17 @@ def _best(jobs: list[Job], results: Results) -> tuple[float, float]:
     return min(pairs, key=lambda pair: _mean(jobs, pair, results))
 
 
+class _Once(yaml.SafeLoader):
+    """YAML without keys that are given twice, of which the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(problem=f"{twice} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_plan(path: Path, only: list[str] | None = None) -> Plan:
     """The plan in a file of configs/sweep/; ``only`` leaves out all but the named optimizers or variants.
 
@@ -247,7 +258,7 @@ def load_plan(path: Path, only: list[str] | None = None) -> Plan:
         ValueError: a key, a rate or a name that a plan cannot have.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML ({str(error).splitlines()[0]}): correct it.") from error
     if not isinstance(given, dict) or not (given.keys() <= KEYS) or "experiment" not in given:

@@ -167,14 +167,15 @@ def _again(source: Source) -> str:
         "fair_rates",
         "The published beta_2 of 0.999 averages over 1,000 steps, more than stage 1 has, and other values gained "
         "([below](#what-was-not-tuned)). So both stages run a second time with beta_2 = 0.95 in every Adam: Adam and AdamW, "
-        "the moments of GaLore, Fira and both Apollos, and the Adam group of every method. The betas that Alice (0.9) and SOAP "
-        "(0.95) have published for their matrices stay. Grids, seeds and rule are the same; Adam and Alice of this section are "
-        "the references here.",
+        "the moments of GaLore, Fira and both Apollos, and the Adam group of every method. The betas that Alice (0.9) and "
+        "SOAP (0.95) have published for their matrices stay; SOAP has its published interval of 10 steps instead of 12 and 24. "
+        "Grids, seeds and rule are the same; Adam and Alice of this section are the references here.",
         second.by_model(_with_ngrams(stage_2, "fair_best"), "fair_best"),
         second.by_model(stage_2_against_plain, "fair_best"),
         _with_words(
-            "Both values side by side, each with the rates chosen for it: perplexities, in how many of the common seeds 0.95 "
-            "has the lower loss, and the interval of the mean difference between runs of one seed. No test is made.",
+            "Both values side by side, each with the rates chosen for it (SOAP's interval differs as well): perplexities over "
+            "the seeds that both have, in how many of these 0.95 has the lower loss, and the interval of the mean difference "
+            "between runs of one seed. No test is made.",
             source.by_model(both_betas, "fair_best_b95"),
         ),
         source.picture("curves_b95", "Validation perplexity over steps with beta_2 = 0.95"),
@@ -249,7 +250,7 @@ def _gains(source: Source) -> str:
         source.picture("gains", "What the rates gain and what the optimizer gains"),
         _with_words(
             "How the gain over Adam changes with the number of steps of 2k tokens, each method at its best pair of stage 1, "
-            "which was chosen at 600 steps, single seeds:",
+            "which was chosen at 600 steps, of the longest runs the better of two matrix rates, single seeds:",
             lengths(source.fair),
         ),
     )
@@ -325,7 +326,7 @@ def _untuned(source: Source) -> str:
         "fair_adam",
         f"{_budget(source.fair, 'fair_adam')} Adam's averages and SOAP's published interval, at the best pair of stage 1; "
         "difference to the method's best run there, which has the same seed: negative is better. Adam has seven tries "
-        f"here, the others one or two. A gain of more than {OWED:g} nats (bold) gets a grid and a row of its own: those "
+        f"here, the others one or two. For gains of more than {OWED:g} nats (bold) the rules ask for a grid and a row: those "
         "[with beta_2 = 0.95](#again-with-beta_2--095). No significance is claimed.",
         source.by_model(untuned, "fair_adam"),
     )

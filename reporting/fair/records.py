@@ -296,9 +296,13 @@ def ablations(fair: Fair, model: str) -> list[Row]:
 def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, ordered: bool = True) -> list[Row]:
     runs = {name: fair.runs(sweep, model, name) for name in names}
     losses = {name: final_losses(each) for name, each in runs.items()}
-    # A method that has not run stays in the family: it makes no other claim easier.
-    pairs = against_reference(losses.pop(reference, []), losses)
     there = {name: fair.complete(sweep, model, name) for name in names}
+    # A method that has not run stays in the family: it makes no other claim easier. Nor does one with missing seeds, whose
+    # p may yet grow: for those that have all of theirs it counts as 1.
+    theirs = losses.pop(reference, [])
+    pairs = against_reference(theirs, losses)
+    whole = against_reference(theirs, {name: each if there[name] else [] for name, each in losses.items()})
+    pairs |= {name: pair for name, pair in whole.items() if there[name] and there.get(reference, False)}
     rows = []
     for name in names:
         total = lookup(runs[name][0].config, "trainer.steps") if runs[name] else None

@@ -188,10 +188,14 @@ def both_betas(first: Fair, model: str, out: Path) -> str:
     before = {row.name: row for row in methods(first, model)}
     rows = []
     for row in methods(second, model):
-        if row.runs and before[row.name].runs:
-            old = before[row.name]
-            pairs = paired(by_seed(old.runs), by_seed(row.runs))
-            rows.append([name_of(row.name), spread(old), spread(row), _lower(pairs)])
+        sides = before[row.name].runs, row.runs
+        common = set.intersection(*({run.seed for run in runs} for runs in sides))
+        if common:
+            shown = [
+                spread(Row(row.name, kept, len(kept)))
+                for kept in ([run for run in runs if run.seed in common] for runs in sides)
+            ]
+            rows.append([name_of(row.name), *shown, _lower(paired(*map(by_seed, sides)))])
     return markdown(["method", "published beta_2", "0.95", "same seeds: lower in"], rows)
 
 
@@ -406,7 +410,7 @@ def _interval(run: Run) -> str:
 
 
 def lengths(fair: Fair) -> str:
-    """Gains over Adam, in nats, by the number of steps of 2k tokens, each method at its best pair of stage 1."""
+    """Gains over Adam, in nats, by the number of steps of 2k tokens, see `by_length`."""
     found = {model: {name: by_length(fair, model, name) for name in CONTROLLED} for model in fair.models}
     steps = sorted({each for model in found.values() for runs in model.values() for each in runs})
     rows = []

@@ -79,23 +79,24 @@ def test_an_output_layer_deep_inside_is_known_where_its_name_says_enough():
 
 
 class Own(nn.Module):
-    """A language model with names of its own; `outputs` matrices of the embedding's shape."""
+    """A language model with names of its own, more places than words and blocks of their embedding's shape."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.places = nn.Embedding(16, 12)
+        self.places = nn.Embedding(64, 12)
         self.words = nn.Embedding(50, 12)
-        self.inner = nn.Linear(12, 16)  # the shape of the smaller embedding
-        self.to_words = nn.ModuleList(nn.Linear(12, 50) for _ in range(outputs))
+        self.blocks = nn.ModuleList([nn.Linear(12, 64)])
+        self.to_words = nn.Linear(12, 50)
+        if outputs == 2:
+            self.to_other_words = nn.Linear(12, 50)
 
 
 def test_an_output_layer_is_known_by_its_shape_where_only_one_has_it():
-    assert [p.shape for _, p in partition(Own(1), verbose=False)[0]["params"]] == [(16, 12)]
-    assert [p.shape for _, p in partition(Own(1), last_layer="candidate", verbose=False)[0]["params"]] == [
-        (16, 12),
-        (50, 12),
-    ]
-    assert [p.shape for _, p in partition(Own(2), verbose=False)[0]["params"]] == [(16, 12), (50, 12), (50, 12)]
+    def matrices(outputs, **options):
+        return [tuple(p.shape) for _, p in partition(Own(outputs), verbose=False, **options)[0]["params"]]
+
+    assert matrices(1) == [(64, 12)] and matrices(1, last_layer="candidate") == [(64, 12), (50, 12)]
+    assert matrices(2) == [(64, 12), (50, 12), (50, 12)]
 
 
 def test_experts_that_are_stored_together_go_to_adam_with_a_warning(monkeypatch):

@@ -173,7 +173,7 @@ def test_checkpoints_of_every_method_go_on_bit_for_bit(name, tmp_path):
     for p in resumed.parameters():
         p.data.zero_()
     other = create(name, resumed, **copy.deepcopy(options))
-    checkpoint.load(saved, resumed, other, {})
+    checkpoint.load(saved, resumed, other, {"optimizer": {}})
     train(model, optimizer, 4, start=3)
     train(resumed, other, 4, start=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))

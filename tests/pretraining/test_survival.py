@@ -22,12 +22,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from data.errors import UserError
 from pretraining import checkpoint, lock, storage
 from pretraining import trainer as trainer_module
+from pretraining.config import compose
 from pretraining.lock import RunLock
+from pretraining.record import _flatten, without_younger
 from pretraining.signals import EXIT_CODE, STOPPING, Stopped, StopSignals
 from pretraining.trainer import NonFiniteLoss, Trainer, make_plan, train
 
@@ -460,7 +463,7 @@ def test_all_global_random_states_come_back(copy):
 
     expected = draws()
     assert draws() != expected
-    checkpoint.load(path, trainer.model, trainer.optimizer, trainer.record.config["optimizer"])
+    checkpoint.load(path, trainer.model, trainer.optimizer, trainer.record.config)
     assert draws() == expected
     trainer.batches.close()
 
@@ -511,9 +514,24 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(copy):
     saved = json.loads(state.read_text())
     del saved["optimizer"]["fix_signs"]
     with pytest.raises(UserError, match=r"optimizer.fix_signs=None, not False"):
-        checkpoint._check_options(path, saved["optimizer"], {**cfg["optimizer"], "fix_signs": False})
-    checkpoint._check_options(path, saved["optimizer"], {**cfg["optimizer"], "fix_signs": True})
+        checkpoint._check_options(
+            path, saved["optimizer"], {**cfg, "optimizer": {**cfg["optimizer"], "fix_signs": False}}
+        )
+    checkpoint._check_options(path, saved["optimizer"], {**cfg, "optimizer": {**cfg["optimizer"], "fix_signs": True}})
     train(config(copy, *more, f"trainer.resume={path}"))
+
+
+@pytest.mark.parametrize("data", ["c4", "hub", "c4_local", "text", "prepared"])
+def test_defaults_are_those_of_the_runs_own_model_data_and_seed(data):
+    given = {"c4": [], "hub": ["data.name=a/b"]}.get(data, ["data.path=x"])
+    cfg = compose([f"data={data}", "model=llama_tiny", "optimizer=alice", "seed=43", *given])
+    here = dict(_flatten(OmegaConf.to_container(cfg, resolve=True)))
+    younger = {"optimizer.rank", "optimizer.leading", "optimizer.seed", "trainer.grad_clip", "data.shuffle_buffer"}
+    there = {key: value for key, value in here.items() if key not in younger}
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert without_younger(here, there, config).keys() == there.keys()
+    other = {**here, "optimizer.leading": 40}  # of 60M
+    assert without_younger(other, there, config).keys() == there.keys() | {"optimizer.leading"}
 
 
 # The record

@@ -468,7 +468,7 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
 
     from pretraining.trackers import make_tracker
 
-    for done, values in ((0, [3.0, 2.0, 1.0]), (1, [7.0, 6.0])):
+    for done, values in ((0, [9.0, 8.0, 8.0, 8.0]), (0, [3.0, 2.0, 1.0]), (1, [7.0, 6.0])):
         tracker = make_tracker(OmegaConf.create({"name": "tensorboard"}), tmp_path, {}, done, write=True)
         for step, value in enumerate(values, done + 1):
             tracker.log("train", step, {"loss": value})

@@ -527,8 +527,29 @@ def test_better_than_adam_without_more_means_with_either_beta_2(fair, whole):
     some = without(fair, "fair_best_b95/llama_tiny/racs-s45")
     assert not any(each.startswith(said) for each in answer(some))
     assert cells(verdicts(some), "RACS")[5] == "open"
+
+
+def test_both_values_of_beta_2_stand_side_by_side_over_common_seeds(fair, whole):
+    for seed, value in ((43, 40.0), (44, 41.0), (45, 60.0)):
+        fair = changed(fair, f"fair_best_b95/{TINY}/alice-s{seed}", perplexity=value)
+    differences = [math.log(value / 50) - 0.005 * seed for seed, value in ((-1, 40.0), (0, 41.0), (1, 60.0))]
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     row = cells(both_betas(fair, TINY, whole), "Alice")
-    assert row == ["Alice", "50.00 ± 0.25", "50.00 ± 0.25", "0 of 3"]
+    assert row == ["Alice", "50.00 ± 0.25", "47.00 ± 11", f"2 of 3 [{low:+.4f}, {high:+.4f}]"]
+    row = cells(both_betas(without(fair, "fair_best_b95/llama_tiny/alice-s45"), TINY, whole), "Alice")
+    assert row[1:3] == ["49.88 ± 0.18", "40.50 ± 0.71"] and row[3].startswith("2 of 2")
+
+
+def test_a_claim_is_not_lost_when_other_methods_end(fair):
+    """RACS's p of 0.03, alone in being settled, would be corrected less beside a provisional p that may yet grow."""
+    some = without(fair, "fair_best/llama_tiny/alice-s45")
+    for seed, value in ((43, 60.3), (44, 60.5), (45, 61.2)):
+        some = changed(some, f"fair_best/llama_tiny/racs-s{seed}", perplexity=value)
+    row = by_name(methods(some, TINY))["racs"]
+    assert row.settled and row.pair.p == pytest.approx(2 * row.pair.test.p)
+    assert (
+        not by_name(methods(some, TINY))["alice"].settled and by_name(methods(some, TINY))["alice"].pair.p is not None
+    )
 
 
 def test_what_the_paper_does_not_say_is_not_stated_as_a_fact(fair, whole):

@@ -155,6 +155,10 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
 
 def test_a_plan_that_is_not_yaml_is_refused(tmp_path):
     (tmp_path / "plan.yaml").write_text("lr: [1, 2")
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("experiment: null\nsettings: [a=1]\nlr: {adam: [1]}\nadam_lr: [1]\nsettings: [b=1]\n")
+    with pytest.raises(ValueError, match=r"is not valid YAML \(settings is there twice"):
+        load_plan(twice)
     with pytest.raises(ValueError, match="is not valid YAML"):
         load_plan(tmp_path / "plan.yaml")
 
@@ -185,6 +189,7 @@ def test_the_committed_plans_can_be_read_and_name_each_run_once(file):
 def test_the_papers_search_is_the_same_for_all_methods_around_the_published_rates(name):
     plan = load_plan(ROOT / "configs" / "sweep" / f"{name}.yaml")
     assert {"adam", "galore", "fira", "racs", "alice"} <= set(plan.optimizers)
+    assert {"trainer.device=cuda", "trainer.eval_every=500"} <= set(plan.settings)
     for method, ranges in plan.search.ranges.items():
         assert list(ranges) == ["optimizer.lr", "optimizer.adam_lr"]
         assert ranges["optimizer.adam_lr"] == plan.search.ranges["adam"]["optimizer.adam_lr"]

@@ -195,7 +195,7 @@ def both_betas(first: Fair, model: str, out: Path) -> str:
                 spread(Row(row.name, kept, len(kept)))
                 for kept in ([run for run in runs if run.seed in common] for runs in sides)
             ]
-            rows.append([name_of(row.name), *shown, _lower(paired(*map(by_seed, sides)))])
+            rows.append([name_of(row.name), *shown, _lower(paired(by_seed(sides[0]), by_seed(sides[1])))])
     return markdown(["method", "published beta_2", "0.95", "same seeds: lower in"], rows)
 
 

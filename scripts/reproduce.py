@@ -34,6 +34,7 @@ from reporting.paper.cells import CELLS, EXPERIMENTS, OPTIMIZERS, RECORDS, SIZES
 from reporting.paper.numbers import TOKENS_PER_STEP, load_paper  # noqa: E402
 from reporting.paper.records import misfits  # noqa: E402
 from reporting.terminal import printing  # noqa: E402
+from sweeps.slots import visible_gpus  # noqa: E402
 
 WHAT = ("table2", "table4", "table5", "figure5", "figure6")
 STOPPED = 75  # exit code of train.py after a signal: the state is saved
@@ -296,6 +297,10 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, trainer: Sequence
                 print(shlex.join(arguments(job, asked.settings)))
         return 0
     print(report(jobs, speeds, asked.price_per_hour), flush=True)
+    gpus = len(visible_gpus())
+    if gpus > 1 and asked.launcher == parser.get_default("launcher") and not asked.collect:
+        launcher = f"torchrun --standalone --nproc_per_node={gpus}"
+        print(f"Each run uses one of {gpus} GPUs: for all of them, add --launcher '{launcher}'.", flush=True)
     if asked.collect:
         jobs = [job for job in jobs if job.state == "finished"]
     if asked.dry_run:

@@ -269,6 +269,18 @@ def test_the_launcher_comes_before_train_py(
     assert "error: [Errno 2]" in capsys.readouterr().err
 
 
+def test_gpus_that_a_run_would_leave_idle_are_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "Each run uses one of 4 GPUs: for all of them, add --launcher 'torchrun --standalone --nproc_per_node=4'."
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert reproduce(place, "figure6", "--dry-run") == 0 and said in capsys.readouterr().out
+    assert reproduce(place, "figure6", "--dry-run", "--launcher", "accelerate launch") == 0
+    assert said not in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert reproduce(place, "figure6", "--dry-run") == 0 and "GPUs" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

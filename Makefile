@@ -27,8 +27,9 @@ SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt requirement
 help:
 	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 3 minutes on 2 CPU cores'
 	@echo 'make test      prove the parts                                           about 9 minutes on 2 CPU cores'
-	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  about 2 hours on 2 CPU cores'
-	@echo 'make survey    every method at four pairs of rates, 100 steps each       about 2 hours on 2 CPU cores'
+	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  seconds: the records are there;'
+	@echo '               anew: ARGS="--out runs/compare"                           about 2 hours on 2 CPU cores'
+	@echo 'make survey    every method at four pairs of rates, 100 steps each       seconds, or about 2 hours, likewise'
 	@echo 'make bench     speed of ours beside other packages: steps, training      15 minutes or more'
 	@echo 'make tables    every table and figure of the paper again, from records   1 minute'
 	@echo 'make fisher    how well each structure fits real gradients               about 7 minutes on 2 CPU cores'

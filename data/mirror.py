@@ -43,8 +43,8 @@ class Mirror:
         """The error of reading a file that is not here."""
         return UserError(
             f"{self.files[place]} is not here, or was never verified ({len(self.sizes)} of the {len(self.files)} files "
-            f"are): fetch what a run of N steps reads with `python {COMMAND} --to {self.folder} --steps N`, and start "
-            "again to resume."
+            f"are): fetch what a run of N steps reads, with its seed, by `python {COMMAND} --to {self.folder} --steps N "
+            "--seed SEED`, and start again to resume."
         )
 
 

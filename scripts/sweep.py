@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
     names = ", ".join(sorted(path.stem for path in PLANS.glob("*.yaml")))
     parser.add_argument("plan", help=f"a file, or the name of one in configs/sweep: {names}")
     parser.add_argument("--out", type=Path, help="folder of the records; default results/runs/PLAN")
-    parser.add_argument("--figure", type=Path, help="of the report; default results/figures/PLAN.png")
+    parser.add_argument(
+        "--figure", type=Path, help="of the report; default results/figures/PLAN.png, with --out beside the records"
+    )
     parser.add_argument("--jobs", type=int, help="runs at the same time; default: as many as the GPUs allow, or 1")
     parser.add_argument("--gpus", type=_names, help="to use, as in 0,1,2,3; default: all that are there")
     parser.add_argument("--gpus-per-job", type=int, default=1, help="more than one: started by torchrun")
@@ -210,7 +212,8 @@ def _report(plan: Plan, out: Path, figure: Path | None) -> int:
     """Page and figure of the kind that the plan asks for, if any."""
     if plan.report is None:
         return 0
-    figure = (figure or ROOT / "results" / "figures" / f"{plan.name}.png").resolve()
+    figures = ROOT / "results" / "figures" if out == RECORDS / plan.name else out
+    figure = (figure or figures / f"{plan.name}.png").resolve()
     expected = {
         name: len({(job.lr, job.adam_lr) for job in plan.jobs({}) if job.optimizer == name}) for name in plan.optimizers
     }

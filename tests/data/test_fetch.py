@@ -106,7 +106,7 @@ def test_the_run_reads_what_was_fetched_and_the_rows_of_all_of_c4(
             for a, b in itertools.islice(zip(ours, theirs, strict=True), 5):
                 assert torch.equal(a["input_ids"], b["input_ids"])
         with pytest.raises(
-            UserError, match=r"fetch what a run of N steps reads with `python scripts/fetch_c4\.py --to"
+            UserError, match=r"fetch what a run of N steps reads, with its seed, by `python scripts/fetch_c4\.py --to"
         ):
             for _ in range(5):
                 next(ours)

@@ -32,8 +32,14 @@ def answer(fair: Fair) -> list[str]:
             f"for {names}."
         )
     second = again(fair)
-    found += [*_whichever(fair, second), *_outcome(fair, ""), *_bigrams(fair), *_beta_2(fair)]
-    if second.runs("fair_best"):
+    found += [
+        *_whichever(fair, second),
+        *_outcome(fair, ""),
+        *_bigrams(fair),
+        *_beta_2(fair),
+        *_adam_anew(fair, second),
+    ]
+    if len({asked.name for asked in second.asked("fair_best") if asked.folder in second.ended}) > 1:
         found += _outcome(second, "With beta_2 = 0.95 in every Adam: ")
     return [*found, *_gains(fair), *_batches(fair), *_longer(fair), *_variants(fair)]
 
@@ -330,6 +336,23 @@ def _variants(fair: Fair) -> list[str]:
         f"Of Alice's variants, none tuned by itself, the rule calls, on {models} alike, {'; '.join(parts)}"
         f"{f'; on the models differently: {_and(mixed)}' if mixed else ''}."
     ]
+
+
+def _adam_anew(first: Fair, second: Fair) -> list[str]:
+    """What stage 2 makes of Adam with rates chosen for beta_2 = 0.95, over the seeds that both have."""
+    parts = []
+    for model in first.models:
+        old, new = (
+            {run.seed: run.perplexity for run in fair.runs("fair_best", model, REFERENCE)} for fair in (first, second)
+        )
+        common = [seed for seed in old if seed in new]
+        before, after = (mean([by_seed[seed] for seed in common]) for by_seed in (old, new))
+        if before is not None and after is not None:
+            seeds = f"{len(common)} seed{'s' if len(common) > 1 else ''}"
+            parts.append(f"{units.perplexity(after)} instead of {units.perplexity(before)} on `{model}` ({seeds})")
+    if not parts:
+        return []
+    return [f"With rates chosen anew for beta_2 = 0.95, Adam ends stage 2 at a mean perplexity of {_and(parts)}."]
 
 
 def name_of(name: str) -> str:

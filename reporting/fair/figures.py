@@ -36,8 +36,9 @@ def available(fair: Fair) -> list[str]:
     """Names of the pictures that have something to show."""
     ended = {sweep for sweep in fair.sweeps if any(math.isfinite(run.perplexity) for run in fair.runs(sweep))}
     found = []
+    alone = len({asked.name for asked in fair.asked("fair_best_b95") if asked.folder in fair.ended}) < 2
     for name, (sweep, _) in FIGURES.items():
-        if sweep in ended and not (name == "gains" and not _gain_bars(fair)):
+        if sweep in ended and not (name == "gains" and not _gain_bars(fair)) and not (name == "curves_b95" and alone):
             found.append(name)
     return found
 

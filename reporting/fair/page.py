@@ -67,9 +67,10 @@ class Source:
         return f"![{alt}]({self.pictures[name]})" if name in self.pictures else ""
 
     def by_model(self, table: Callable[[Fair, str, Path], str], sweep: str) -> str:
-        """A table for each model that has runs of the sweep."""
+        """A table for each model that has runs of the sweep, where there is anything to show."""
         models = [model for model in self.fair.models if self.fair.runs(sweep, model)]
-        return _join(*(_join(f"**`{model}`**", table(self.fair, model, self.out)) for model in models))
+        tables = {model: table(self.fair, model, self.out) for model in models}
+        return _join(*(_join(f"**`{model}`**", text) for model, text in tables.items() if text))
 
     def part(self, sweep: str, *texts: str) -> str:
         """The body of a section whose tables need a sweep."""

@@ -179,7 +179,7 @@ def stage_2_against_plain(fair: Fair, model: str, out: Path) -> str:
         for row in against_plain(fair, model)
         if row.runs and row.name != REFERENCE
     ]
-    return markdown(head, rows)
+    return markdown(head, rows) if fair.runs("fair_best", model, PLAIN) else ""
 
 
 def both_betas(first: Fair, model: str, out: Path) -> str:
@@ -196,7 +196,7 @@ def both_betas(first: Fair, model: str, out: Path) -> str:
                 for kept in ([run for run in runs if run.seed in common] for runs in sides)
             ]
             rows.append([name_of(row.name), *shown, _lower(paired(by_seed(sides[0]), by_seed(sides[1])))])
-    return markdown(["method", "published beta_2", "0.95", "same seeds: lower in"], rows)
+    return markdown(["method", "published beta_2", "0.95", "same seeds: lower in"], rows) if rows else ""
 
 
 def stage_1(fair: Fair, model: str, out: Path) -> str:

@@ -540,6 +540,16 @@ def test_both_values_of_beta_2_stand_side_by_side_over_common_seeds(fair, whole)
     assert row[1:3] == ["49.88 ± 0.18", "40.50 ± 0.71"] and row[3].startswith("2 of 2")
 
 
+def test_adam_with_rates_chosen_anew_is_told_before_any_other_method(fair):
+    for seed, value in ((43, 40.0), (44, 41.0), (45, 60.0)):
+        fair = changed(fair, f"fair_best_b95/{TINY}/adam-s{seed}", perplexity=value)
+    some = without(fair, "fair_best_b95/*/alice-*", "fair_best_b95/*/racs-*", f"fair_best_b95/{TINY}/adam-s45")
+    some = without(some, f"fair_best_b95/{TINY_4K}/*")
+    said = "Adam ends stage 2 at a mean perplexity of 40.50 instead of 59.85 on `llama_tiny` (2 seeds)."
+    assert any(each.endswith(said) for each in answer(some))
+    assert not any("in every Adam" in each for each in answer(some)) and "curves_b95" not in available(some)
+
+
 def test_a_claim_is_not_lost_when_other_methods_end(fair):
     """RACS's p of 0.03, alone in being settled, would be corrected less beside a provisional p that may yet grow."""
     some = without(fair, "fair_best/llama_tiny/alice-s45")

@@ -365,16 +365,18 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting as it is where only model, optimizer, data and seed are chosen."""
     from .config import compose
 
-    kind, name = (config.get("data", {}).get(key) for key in ("kind", "name"))
-    data = kind if kind != "hub" else "c4" if name == C4 else "hub"
-    found: dict[str, Any] = {}
-    for group, choice in (("data", data), ("model", config.get("model", {}).get("name"))):
-        chosen = [f"{group}={choice}", f"optimizer={config['optimizer']['name']}", f"seed={config.get('seed', 42)}"]
+    def composed(choice: str) -> dict[str, Any]:
+        chosen = [choice, f"optimizer={config['optimizer']['name']}", f"seed={config.get('seed', 42)}"]
         try:
-            found |= _flatten(OmegaConf.to_container(compose(chosen), resolve=True))
+            return dict(_flatten(OmegaConf.to_container(compose(chosen), resolve=True)))
         except (UserError, OmegaConfBaseException):  # a model of one's own, or a setting that must be given
-            continue
-    return found
+            return {}
+
+    kind, name = (config.get("data", {}).get(key) for key in ("kind", "name"))
+    data = composed(f"data={kind if kind != 'hub' else 'c4' if name == C4 else 'hub'}")
+    rest = composed(f"model={config.get('model', {}).get('name')}")
+    of_data = {key: value for key, value in data.items() if key.startswith("data.")}
+    return {key: value for key, value in rest.items() if not key.startswith("data.")} | of_data
 
 
 def _flatten(node: Any, prefix: str = ""):

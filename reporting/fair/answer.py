@@ -211,14 +211,14 @@ def _claims(ready: dict[str, list[Row]], models: list[str], reference: str) -> l
         ("opposite on the two", opposed),
         ("claimed on one of the two alone", [name for name in mixed if name not in opposed]),
     ):
-        found += f"; {words}: {_and([_by_model(name, mixed[name]) for name in names])}" if names else ""
+        found += f"; {words}: {_and([_by_model(name_of(name), mixed[name]) for name in names])}" if names else ""
     all_names = {row.name for rows in ready.values() for row in rows if row.name not in (REFERENCE, reference)}
     waiting = [name_of(name) for name in sorted(all_names - both.keys())]
     return [f"{found}.{f' Not judged on both yet: {_and(waiting)}.' if waiting else ''}"]
 
 
 def _by_model(name: str, words: dict[str, str]) -> str:
-    return f"{name_of(name)} ({', '.join(f'`{model}`: {word}' for model, word in words.items())})"
+    return f"{name} ({', '.join(f'`{model}`: {said}' for model, said in words.items())})"
 
 
 def word(row: Row) -> str:
@@ -326,11 +326,7 @@ def _variants(fair: Fair) -> list[str]:
         names = [f"`{name}`" for name, words in claims.items() if set(words.values()) == {verdict}]
         if names or verdict != NOT_TESTED:
             parts.append(f"{text} {_and(names) or 'none'}")
-    mixed = [
-        f"`{name}` ({', '.join(f'`{model}`: {word}' for model, word in words.items())})"
-        for name, words in claims.items()
-        if len(set(words.values())) > 1
-    ]
+    mixed = [_by_model(f"`{name}`", words) for name, words in claims.items() if len(set(words.values())) > 1]
     models = _and([f"`{model}`" for model in rows])
     return [
         f"Of Alice's variants, none tuned by itself, the rule calls, on {models} alike, {'; '.join(parts)}"

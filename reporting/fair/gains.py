@@ -152,8 +152,8 @@ def by_length(fair: Fair, model: str, method: str) -> dict[int, Run]:
     sweeps = (("fair_batch", f"{method}_2k"), ("fair_best", method))
     runs = [best, *(run for sweep, name in sweeps for run in fair.runs(sweep, model, name)[:1])]
     longest, asked = long_runs(fair, model, method)
-    if longest and len(longest) == asked:
-        runs.append(min(longest, key=lambda run: run.perplexity))
+    if len(longest) == asked and (better := lowest(longest)):
+        runs.append(better)
     return {int(run.setting("trainer.steps", 0)): run for run in runs}
 
 

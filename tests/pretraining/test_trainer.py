@@ -272,10 +272,8 @@ def test_divergence_stops_the_run_and_keeps_the_record(tmp_path):
     assert caught.value.exit_code == 3
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run", "train"))
     written = json.loads((tmp_path / "run/diverged.json").read_text())
-    assert written == {
-        "step": caught.value.step,
-        "message": str(caught.value),
-    } and f"at step {caught.value.step} " in str(caught.value)
+    assert written == {"step": caught.value.step, "message": str(caught.value)}
+    assert f"at step {caught.value.step} " in str(caught.value)
 
 
 @pytest.mark.parametrize("step", [2, 3])

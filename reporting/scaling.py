@@ -347,7 +347,7 @@ def draw(times: Sequence[Mapping[str, Any]], folder: str | Path, gpu: str = "A10
     figure, rc = style.figure(style.WIDE, 4.8)
     with rc:
         grid = figure.subplots(len(NAMES), len(_SHOWN), sharex=True)
-        for axes_row, (model, size) in zip(grid, NAMES.items(), strict=True):
+        for axes_row, (model, size) in zip(grid.tolist(), NAMES.items(), strict=True):
             for axes, method in zip(axes_row, _SHOWN, strict=True):
                 rows = [r for r in times if (r["model"], r["method"], r["gpu"]) == (model, method, gpu)]
                 for layout, (label, colour, dash, marker) in _LINES.items():
@@ -365,7 +365,7 @@ def draw(times: Sequence[Mapping[str, Any]], folder: str | Path, gpu: str = "A10
                 axes.set_title(f"{units.optimizer_name(method)}, {size}")
                 if axes is axes_row[0]:
                     axes.set_ylabel("ms a step")
-                if axes_row is grid[-1]:
+                if axes in grid[-1]:
                     axes.set_xlabel(f"{gpu} GPUs")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)

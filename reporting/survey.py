@@ -29,7 +29,8 @@ SPEED_FORMAT = 1  # of speed.json
 
 # As docs/optimizers.md groups them, with colours of their own: they are no methods.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "the paper's own": (style.BLUE, ("racs", "racs_no_ema", "alice", "alice_0", "eigen_adam", "low_rank_soap")),
+    "the paper's own": (style.BLUE, ("racs", "racs_no_ema", "alice", "alice_0", "eigen_adam")),
+    "our experiment": (style.ORANGE, ("low_rank_soap",)),
     "low-rank relatives": (
         style.VERMILION,
         ("galore", "galore_8bit", "fira", "fira_plus", "apollo", "apollo_mini", "apollo_svd"),

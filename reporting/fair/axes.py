@@ -57,12 +57,16 @@ def unfinished(fair: Fair) -> list[str]:
 
 
 def beyond(axes: Axes, points: dict[float, float], top: float, colour: str, hollow: Collection[float] = ()) -> bool:
-    """Mark the points above the axis on its upper edge, hollow those at the places `hollow`; whether there are any."""
+    """Mark the points above the axis on its upper edge, hollow those at the places `hollow`; whether there are any.
+
+    On a logarithmic axis; a mark whose place is taken stands to the right of the others.
+    """
     above = [x for x, y in points.items() if y > top]
     for x in above:
+        taken = sum(line.get_marker() == "^" and line.get_label() == f"_above {x:g}" for line in axes.lines)
         axes.plot(
-            x, top, color=colour, marker="^", markersize=6, linestyle="", clip_on=False, zorder=4,
-            markerfacecolor="white" if x in hollow else colour,
+            x * 1.09**taken, top, label=f"_above {x:g}", color=colour, marker="^", markersize=6, linestyle="",
+            clip_on=False, zorder=4, markerfacecolor="white" if x in hollow else colour,
         )  # fmt: skip
     return bool(above)
 

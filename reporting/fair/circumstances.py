@@ -23,6 +23,7 @@ WHAT = {
     "fair_batch": "batch size",
     "fair_repeat": "the same run twice",
     "fair_adam": "Adam's averages",
+    "fair_constants": "constants",
     "fair_long": "longer runs",
     "fair_rates_b95": "stage 1 with beta_2 = 0.95",
     "fair_best_b95": "stage 2 with beta_2 = 0.95",

@@ -120,13 +120,33 @@ def batch_runs(fair: Fair, model: str, method: str, tokens: str) -> tuple[list[R
     return runs, sum(len(fair.asked("fair_batch", model, name)) for name in names)
 
 
-def untuned_changes(fair: Fair, model: str) -> list[tuple[Asked, Run | None, Run | None, float | None]]:
-    """Variants of fair_adam: the method's best run of stage 1, the variant's, and its loss less the best run's."""
+def untuned_changes(
+    fair: Fair, model: str, sweep: str = "fair_adam"
+) -> list[tuple[Asked, Run | None, Run | None, float | None]]:
+    """Variants of one seed: the method's best run of stage 1, the variant's, and its loss less the best run's."""
     found = []
-    for asked in fair.asked("fair_adam", model):
+    for asked in fair.asked(sweep, model):
         before, run = fair.grid(model, asked.optimizer).best, fair.ended.get(asked.folder)
         found.append((asked, before, run, gain(run, before)))
     return found
+
+
+def by_interval(fair: Fair, model: str) -> dict[str, dict[int, Run | None]]:
+    """Runs of fair_constants by method or variant, then by steps between refreshes; None: asked for, not ended.
+
+    A method's first is its best run of stage 1.
+    """
+    found: dict[str, dict[int, Run | None]] = {}
+    for asked in fair.asked("fair_constants", model):
+        name, _, steps = asked.name.rpartition("_k")
+        if not name:
+            continue  # a variant of another constant
+        runs = found.setdefault(name, {})
+        best = fair.grid(model, name).best
+        if not runs and best is not None and (first := best.setting("optimizer.update_interval")):
+            runs[int(first)] = best
+        runs[int(steps)] = fair.ended.get(asked.folder)
+    return {name: dict(sorted(runs.items())) for name, runs in found.items()}
 
 
 def owed(fair: Fair) -> list[tuple[str, str]]:

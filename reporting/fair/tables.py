@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import units
@@ -22,6 +22,7 @@ from .gains import (
     at_end,
     batch_runs,
     best_at,
+    by_interval,
     by_length,
     gain,
     gains,
@@ -35,6 +36,7 @@ from .records import (
     PLAIN,
     REFERENCE,
     STEPS,
+    Asked,
     Fair,
     Row,
     ablations,
@@ -94,6 +96,8 @@ UNTUNED = {
     "apollo_mini_b95": "beta_2 0.95, of all parameters",
     "alice_0_b95": "beta_2 0.95 in the Adam group",
     "soap_b95": "beta_2 0.95 in the Adam group",
+    "alice_b3_98": "Alice's beta_3 0.98: tracking averages over 50 steps instead of 1,000",
+    "fira_scaled": "the residual of Fira's published code, G - alpha U U^T G",
 }
 
 
@@ -183,7 +187,7 @@ def stage_2_against_plain(fair: Fair, model: str, out: Path) -> str:
 
 
 def both_betas(first: Fair, model: str, out: Path) -> str:
-    """Stage 2 with the published beta_2 and with 0.95, and the difference between runs of one seed; no test is made."""
+    """Stage 2 with beta_2 = 0.999 and with 0.95, and the difference between runs of one seed; no test is made."""
     second = again(first)
     before = {row.name: row for row in methods(first, model)}
     rows = []
@@ -196,7 +200,7 @@ def both_betas(first: Fair, model: str, out: Path) -> str:
                 for kept in ([run for run in runs if run.seed in common] for runs in sides)
             ]
             rows.append([name_of(row.name), *shown, _lower(paired(by_seed(sides[0]), by_seed(sides[1])))])
-    return markdown(["method", "published beta_2", "0.95", "same seeds: lower in"], rows) if rows else ""
+    return markdown(["method", "0.999", "0.95", "same seeds: lower in"], rows) if rows else ""
 
 
 def stage_1(fair: Fair, model: str, out: Path) -> str:
@@ -456,8 +460,34 @@ def repeat(fair: Fair, out: Path) -> str:
 
 
 def untuned(fair: Fair, model: str, out: Path) -> str:
+    return _changes(untuned_changes(fair, model), out)
+
+
+def intervals(fair: Fair, model: str, out: Path) -> str:
+    """Perplexities by steps between refreshes; below each the loss less that of the row's shortest interval."""
+    found = by_interval(fair, model)
+    every = sorted({steps for runs in found.values() for steps in runs})
     rows = []
-    for asked, before, run, change in untuned_changes(fair, model):
+    for name, runs in found.items():
+        first = runs.get(every[0])
+        cells = []
+        for steps in every:
+            run = runs.get(steps)
+            change = gain(run, first) if steps > every[0] else None
+            cells.append((linked(run, out) if run else NOT_RUN) + (f"<br>{change:+.4f}" if change is not None else ""))
+        rows.append([name_of(name), *cells])
+    return markdown(["method", *(f"{steps} steps" for steps in every)], rows) if rows else ""
+
+
+def constants(fair: Fair, model: str, out: Path) -> str:
+    """What is in fair_constants besides intervals."""
+    changes = untuned_changes(fair, model, "fair_constants")
+    return _changes([change for change in changes if "_k" not in change[0].name], out)
+
+
+def _changes(changes: Iterable[tuple[Asked, Run | None, Run | None, float | None]], out: Path) -> str:
+    rows = []
+    for asked, before, run, change in changes:
         text = "–" if change is None else f"**{change:+.4f}**" if change < -OWED else f"{change:+.4f}"
         rows.append(
             [

@@ -207,6 +207,6 @@ def memory_perplexity(paper: Paper, root: Path, memory: Memory | None) -> Figure
         )
         figure.legend(handles=handles, loc="outside lower center", ncols=6)
         ours = any(line.get_color() == "black" for axes in figure.axes for line in axes.lines)
-        note = "; black: ours" if ours else ""
-        style.title(figure, "Memory and perplexity as printed (lower left is better)" + note)
+        note = " (filled GaLore, Fira, Apollo: cited; black: ours)" if ours else " (filled GaLore, Fira, Apollo: cited)"
+        style.title(figure, "Memory and perplexity as printed: lower left is better" + note)
     return figure

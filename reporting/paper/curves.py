@@ -55,15 +55,17 @@ def figure1_2(paper: Paper, root: Path, memory: Memory | None) -> Figure:
             for optimizer in ("adam", "galore", "fira", "racs", "alice_0", "alice"):
                 colour, dash, marker, _ = LOOKS[optimizer]
                 steps, values = paper.curve(figure_name, curve_name(optimizer, starred=False))
-                final = paper.printed(optimizer, size, starred=optimizer in ("adam", "racs"))
-                text = f"{units.optimizer_name(optimizer)}  {final:.2f}"
+                starred = optimizer in ("adam", "racs")  # the others train the last layer themselves
+                final = paper.printed(optimizer, size, starred)
+                star = "*" if starred else ""
+                text = f"{units.optimizer_name(optimizer)}{star}  {final:.2f}"
                 axes.plot(steps, values, color=colour, linestyle=dash, linewidth=1.1, label=text)
                 _draw_ours(axes, reference_experiment(optimizer, size), root, colour, marker)
             style.log_axis(axes, *_range(axes))
             axes.set_title(f"{size}  (Figure {figure_name.split('_')[0].removeprefix('fig')})")
             axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
             axes.set_xlabel("steps")
-            axes.legend(title="paper, final", **_LEGEND)
+            axes.legend(title="paper, final (*: last layer by Adam)", **_LEGEND)
         style.title(figure, "Validation perplexity on C4: the paper's curves" + _ours_note(figure))
     return figure
 

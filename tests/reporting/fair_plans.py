@@ -14,7 +14,13 @@ MODELS = ["llama_tiny", "llama_tiny_4k"]
 STEPS = 24
 
 PLANS = {
-    "fair_rates": {"seeds": [42], "extend": 3, "adam_lr": {"default": [0.006, 0.02, 0.06]}, "lr": METHODS},
+    "fair_rates": {
+        "seeds": [42],
+        "extend": 3,
+        "adam_lr": {"default": [0.006, 0.02, 0.06]},
+        "lr": METHODS,
+        "settings_of": {"alice": ["optimizer.update_interval=12"]},
+    },
     "fair_control": {"seeds": [42], "adam_lr": [0.001], "lr": METHODS},
     "fair_best": {
         "rates_from": "fair_rates",
@@ -49,6 +55,26 @@ PLANS = {
         "rates_from": "fair_rates",
         "seeds": [42],
         "variants": {"adam_b95": {"optimizer": "adam", "settings": ["optimizer.betas=[0.9,0.95]"]}},
+    },
+    "fair_constants": {
+        "rates_from": "fair_rates",
+        "seeds": [42],
+        "variants": {
+            "alice_k50": {"optimizer": "alice", "settings": ["optimizer.update_interval=50"]},
+            "alice_k200": {"optimizer": "alice", "settings": ["optimizer.update_interval=200"]},
+            **{
+                f"{name}_k{steps}": {
+                    "optimizer": "alice",
+                    "settings": [*settings, f"optimizer.update_interval={steps}"],
+                }
+                for name, settings in {
+                    "tracking_switch": ["optimizer.compensation=none"],
+                    "nothing": ["optimizer.compensation=none", "optimizer.tracking=false"],
+                }.items()
+                for steps in (12, 200)
+            },
+            "alice_b3_98": {"optimizer": "alice", "settings": ["optimizer.betas=[0.9,0.9,0.98]"]},
+        },
     },
     "fair_rates_b95": {
         "seeds": [42],
@@ -94,4 +120,4 @@ def perplexity(sweep: str, job: Job, name: str) -> float | None:
     # Alice gains on the first model only; seeds differ by half a per cent.
     model = 3.0 if job.model == "llama_tiny_4k" and optimizer == "alice" else 1.0
     seed = 0.005 * (job.seed - 44) if job.seed > 42 else 0.0
-    return model * VARIANTS.get(name, 1.0) * lowest * math.exp(far + seed)
+    return model * VARIANTS.get(name.partition("_k")[0], 1.0) * lowest * math.exp(far + seed)

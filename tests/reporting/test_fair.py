@@ -38,8 +38,10 @@ from reporting.fair.tables import (
     PARTS,
     batch,
     both_betas,
+    constants,
     elsewhere,
     gains_table,
+    intervals,
     lengths,
     longer,
     luck,
@@ -487,12 +489,34 @@ def test_what_was_not_tuned_is_held_against_stage_1_and_longer_runs_are_listed(f
     assert "## Longer runs\n\nNot run." in text and "| `adam_b95` |" in text
 
 
+def test_steps_between_refreshes_are_held_against_the_same_row_and_named_in_the_answer_if_they_matter(fair, whole):
+    fair = changed(fair, "fair_constants/llama_tiny/alice_k200-s42", perplexity=55.0)
+    fair = changed(fair, "fair_constants/llama_tiny/nothing_k200-s42", perplexity=77.0)
+    rows = intervals(fair, TINY, whole)
+    assert rows.splitlines()[0] == "| method | 12 steps | 50 steps | 200 steps |"
+    longest = math.log(55 / 50)
+    assert cells(rows, "Alice")[1:] == ["50.00", "50.00<br>+0.0000", f"55.00<br>{longest:+.4f}"]
+    assert cells(rows, "Alice without compensation")[1:] == ["55.00", "not run", "55.00<br>+0.0000"]
+    text = " ".join(answer(fair))
+    changes = f"Alice {longest:+.3f} and Alice without compensation, tracking and switching {math.log(77 / 60):+.3f}"
+    assert f"instead of 12, at rates chosen with 12 and one seed, the loss changes by more than 0.02 nats for these: on " \
+           f"`llama_tiny` {changes}; on `llama_tiny_4k` none." in text  # fmt: skip
+    brought = f"{math.log(60 / 55):+.2f} with 12 steps and {math.log(77 / 55):+.2f} with 200 steps"
+    assert f"(one seed; in the paper, with 200, by {math.log(26.96 / 25.11):.2f}): on `llama_tiny` {brought};" in text
+    assert "Of the other constants, the same way: on `llama_tiny` none" in text
+    assert cells(constants(fair, TINY, whole), "`alice_b3_98`")[2:] == ["50.00", "50.00", "+0.0000"]
+    assert "alice_k200" not in constants(fair, TINY, whole)
+    partly = " ".join(answer(without(fair, "fair_constants/llama_tiny/alice_k50-*")))
+    assert f"`llama_tiny` Alice without compensation, tracking and switching {math.log(77 / 60):+.3f};" in partly
+    assert "steps between refreshes instead" not in " ".join(answer(without(fair, "fair_constants/*")))
+
+
 # The answer and the page -------------------------------------------------------------------------------------------------
 
 
 def test_the_answer_says_what_holds_on_both_models_and_where_they_disagree(fair):
     text = " ".join(answer(fair))
-    assert 3 <= len(answer(fair)) <= 12
+    assert 3 <= len(answer(fair)) <= 13
     assert "Not complete" not in text
     assert "lowest mean perplexity over 3 seeds has Alice on `llama_tiny` (50.00; Adam 60.00: a difference" in text
     assert "and Adam on `llama_tiny_4k` (60.00)" in text
@@ -577,7 +601,7 @@ def test_commits_are_listed_by_part(fair, whole):
     lines = {name: line for line in text.splitlines() for name in re.findall("^- Commits, ([^:]*):", line)}
     asked = ["stage 1", "control", "stage 2", "ablations", "batch size", "the same run twice"]
     again = [f"stage {number} with beta_2 = 0.95" for number in (1, 2)]
-    assert list(lines) == [*asked, "Adam's averages", "longer runs", *again]
+    assert list(lines) == [*asked, "Adam's averages", "constants", "longer runs", *again]
     assert [name for name, line in lines.items() if "0123456789" in line] == ["the same run twice"]
 
 

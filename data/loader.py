@@ -124,15 +124,19 @@ class TrainingBatches:
         return tensors
 
     def _start(self) -> Iterator[tuple[Step, Batch]]:
-        plan = self.plan
+        plan, device = self.plan, None
+        if self.pin_memory:
+            import torch
+
+            device = torch.cuda.current_device()
         if not self.workers and not self.prefetch:
-            made = _with_batches(plan, steps(plan, self._position, self.step), self.pin_memory)
+            made = _with_batches(plan, steps(plan, self._position, self.step), device)
             self._stop = weakref.finalize(self, made.close)
             return made
         producer = Producer(plan, self._position, self.step, self.workers) if self.workers else None
         items = producer.steps() if producer else steps(plan, self._position, self.step)
         ahead = Ahead(
-            _with_batches(plan, items, self.pin_memory),
+            _with_batches(plan, items, device),
             max(1, self.prefetch),
             "data-prefetch",
             PATIENCE,
@@ -262,10 +266,15 @@ def _damaged_state(what: str) -> UserError:
     )
 
 
-def _with_batches(plan: Plan, made: Iterator[Step], pin: bool) -> Generator[tuple[Step, Batch], None, None]:
+def _with_batches(plan: Plan, made: Iterator[Step], device: int | None) -> Generator[tuple[Step, Batch], None, None]:
+    """Tensors in memory that is pinned for a CUDA device, unless it is None."""
+    if device is not None:
+        import torch
+
+        torch.cuda.set_device(device)  # of this thread: all ranks of a node would take up room on the first GPU
     for step in made:
         tensors = batch(plan, step)
-        yield step, {name: x.pin_memory() for name, x in tensors.items()} if pin else tensors
+        yield step, tensors if device is None else {name: x.pin_memory() for name, x in tensors.items()}
 
 
 def _tell(label: str, seconds: float) -> None:

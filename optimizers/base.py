@@ -299,6 +299,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse()
         if self._is_rehearsal():
             return loss
         if (
@@ -343,6 +344,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the estimate of {missing[0]} is missing; give one for every matrix")
         self._estimates = estimates
 
+    def _refuse_sparse(self) -> None:
+        """Before any state changes: a step that ended half-way would leave clocks ahead of their bases."""
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise ValueError(
+                        f"the gradient of {self._names(group)[i]} is sparse; make it dense (an embedding without sparse=True)"
+                    )
+
     def _is_rehearsal(self) -> bool:
         """torch.distributed.checkpoint makes states by a step with rate 0 and zero gradients: it must count for none.
 
@@ -367,8 +377,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for name, p in zip(self._names(group), group["params"], strict=True):
             if p.grad is None:
                 continue
-            if p.grad.is_sparse:
-                raise ValueError(f"the gradient of {name} is sparse; make it dense, or give this tensor to Adam")
             state = self.state[p]
             if not state:
                 self._init(p, group)

@@ -30,11 +30,16 @@ def each(f: Callable[..., Any], *stacks: Tensor, **options: Any) -> Any:
 
     There these take less time than products of stacks, which elsewhere are the point.
     """
-    if len(stacks[0]) > 1 and stacks[0].device.type != "cpu":
+    if stacked(stacks[0]):
         return torch.vmap(lambda *xs: f(*xs, **options))(*stacks)
     outs = [f(*xs, **options) for xs in zip(*(X.unbind(0) for X in stacks), strict=True)]
     join = torch.stack if len(outs) > 1 else lambda alone: alone[0].unsqueeze(0)
     return tuple(map(join, zip(*outs, strict=True))) if isinstance(outs[0], tuple) else join(outs)
+
+
+def stacked(X: Tensor) -> bool:
+    """Whether the matrices of ``X`` [B, m, n] are worked on together, as on a GPU."""
+    return len(X) > 1 and X.device.type != "cpu"
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -43,7 +48,10 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 
 def gram(X: Tensor) -> Tensor:
-    """X X^T of ``X`` [m, n]. On the CPU three quarters of it: the lower left one is the upper right one, transposed."""
+    """X X^T of ``X`` [m, n], not on the CPU also [B, m, n].
+
+    On the CPU three quarters of it: the lower left one is the upper right one, transposed.
+    """
     m = len(X)
     if X.device.type != "cpu" or m < 2 * GRAM_ROWS:
         return X @ X.mT
@@ -125,7 +133,7 @@ def bounded(G: Tensor, energy: Tensor | None = None) -> tuple[Tensor, Tensor | N
 
 def thin_qr(H: Tensor) -> Tensor:
     """The orthonormal factor [B, m, r] of ``H`` [B, m, r]. H = 0 gives the first r unit vectors."""
-    return torch.linalg.qr(H).Q
+    return _or_on_cpu(lambda H: torch.linalg.qr(H).Q, H)
 
 
 def top_eigenvectors(A: Tensor, r: int) -> Tensor:
@@ -166,8 +174,8 @@ def inverse_root(A: Tensor, power: float) -> Tensor:
 def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors: as is, in float64 on the CPU, then with a jitter as well.
 
-    Ill-conditioned or low-precision covariances make some solvers give up (a complaint of GaLore's users); the
-    slow, reliable one then saves the run, for the matrices that need it.
+    Ill-conditioned or low-precision covariances make some solvers give up (a complaint of GaLore's users), and a GPU that
+    is nearly full has no room for theirs; the slow, reliable one then saves the run, for the matrices that need it.
 
     Args:
         A: [B, m, m], symmetric, its largest entry about 1.
@@ -178,7 +186,9 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         return tuple(torch.linalg.eigh(A))
-    except torch.linalg.LinAlgError:
+    except RuntimeError as error:  # LinAlgError among them
+        if not isinstance(error, torch.linalg.LinAlgError):
+            _make_room(error)
         if not torch.isfinite(A).all():
             raise torch.linalg.LinAlgError(
                 "the gradient covariance has entries that are not finite: the loss has diverged; "
@@ -198,6 +208,38 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
         f"no eigen-solver converged for a matrix {list(A.shape[-2:])} with finite entries, nor in float64 with a "
         "jitter; lower the learning rate or clip the gradient"
     )
+
+
+def _or_on_cpu(solve: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+    """``solve(*stacks)``, on the CPU where the GPU's library cannot."""
+    try:
+        return solve(*stacks)
+    except RuntimeError as error:
+        _make_room(error)
+        return solve(*(x.cpu() for x in stacks)).to(stacks[0].device)
+
+
+def _make_room(error: RuntimeError) -> None:
+    """After a failure of CUDA's solvers, as a rule for want of memory: give back what is cached, and say so.
+
+    torch makes a LinAlgError of few of their complaints; most are plain RuntimeErrors with the library's code.
+
+    Raises:
+        RuntimeError: ``error`` itself, if it is another one.
+    """
+    words = str(error)
+    if (
+        not isinstance(error, torch.OutOfMemoryError)
+        and "cusolver" not in words.lower()
+        and "CUBLAS_STATUS" not in words
+    ):
+        raise error
+    warnings.warn(
+        f"a decomposition failed on the GPU ({words.splitlines()[0]}): it is tried again in parts or on the CPU, which is "
+        "slow; if this goes on, leave more memory free, for example with a smaller trainer.micro_batch_size",
+        stacklevel=4,
+    )
+    torch.cuda.empty_cache()
 
 
 def or_previous(solve: Callable[[], Tensor], previous: Tensor, ctx: Context, first: Tensor | None = None) -> Tensor:
@@ -242,12 +284,18 @@ def quintic(X: Tensor, steps: int, eps: float) -> Tensor:
     """Muon's orthogonalisation (Jordan et al. 2024): singular values go to about 0.7 to 1.2, whatever they were.
 
     Args:
-        X: [m, n], m <= n; its dtype is the one computed in.
+        X: [B, m, n], m <= n; its dtype is the one computed in.
         steps: of the iteration, 5 as a rule.
         eps: the least Frobenius norm to divide by.
     """
+    # Not by vmap, which makes three operations of a product that is added to something.
+    return _orthogonalised(X, steps, eps) if stacked(X) else each(_orthogonalised, X, steps=steps, eps=eps)
+
+
+def _orthogonalised(X: Tensor, steps: int, eps: float) -> Tensor:
+    """Of one matrix [m, n] or a stack of them."""
     if not looks_are_free(X) or X.norm().isinf():  # of what is infinite, nothing would be left
-        X = bounded(X.unsqueeze(0))[0].squeeze(0)
+        X = bounded(X.unsqueeze(0))[0].squeeze(0) if X.ndim == 2 else bounded(X)[0]
     if X.stride(-2) == 1:  # a tall matrix, turned: as it is stored, from the right
         return _quintic(X.mT, steps, eps, right=True).mT
     return _quintic(X, steps, eps)
@@ -255,11 +303,12 @@ def quintic(X: Tensor, steps: int, eps: float) -> Tensor:
 
 def _quintic(X: Tensor, steps: int, eps: float, right: bool = False) -> Tensor:
     a, b, c = QUINTIC
-    X = X / X.norm().clamp(min=eps)  # now no singular value exceeds 1
+    add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
+    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=eps)  # now no singular value exceeds 1
     for _ in range(steps):
         A = gram(X.mT if right else X)
-        B = torch.addmm(A, A, A, beta=b, alpha=c)
-        X = torch.addmm(X, X, B, beta=a) if right else torch.addmm(X, B, X, beta=a)
+        B = add_product(A, A, A, beta=b, alpha=c)
+        X = add_product(X, X, B, beta=a) if right else add_product(X, B, X, beta=a)
     return X
 
 
@@ -311,10 +360,9 @@ def complement_columns(U: Tensor, index: Tensor) -> Tensor:
     Returns:
         [B, m, k].
     """
-    reflectors, tau = torch.geqrf(U)
     E = torch.zeros(*index.shape[:-1], U.shape[-2], index.shape[-1], dtype=U.dtype, device=U.device)
     E.scatter_(-2, (index + U.shape[-1]).unsqueeze(-2), 1.0)
-    return torch.ormqr(reflectors, tau, E)
+    return _or_on_cpu(lambda U, E: torch.ormqr(*torch.geqrf(U), E), U, E)
 
 
 def align_signs(U: Tensor, U_prev: Tensor) -> Tensor:

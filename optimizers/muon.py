@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, MatrixOptimizer, check
-from .linalg import each, quintic
+from .linalg import quintic
 from .whitening import whiten
 
 
@@ -94,7 +94,7 @@ class Muon(MatrixOptimizer):
         m = state["m"].lerp_(G, 1 - beta)
         M = G.lerp(m, beta) if group["nesterov"] else m
         if group["orthogonalization"] == "quintic":
-            return each(quintic, M.bfloat16() if group["ns_dtype"] == "bfloat16" else M, steps=steps, eps=group["eps"])
+            return quintic(M.bfloat16() if group["ns_dtype"] == "bfloat16" else M, steps, group["eps"])
         return whiten(M, group["orthogonalization"], steps)
 
     def factor(self, shape: torch.Size, group: dict[str, Any], ctx: Context) -> float | Tensor:

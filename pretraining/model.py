@@ -152,6 +152,8 @@ def compile_layers(model: nn.Module) -> None:
     Layers are alike, so the first one's code serves all, and the time it takes does not grow with depth. Code is for one
     shape: a smaller last micro-batch has its own, made once. `torch.compiler.set_stance("force_eager")` leaves it out.
     """
+    # Under DDP, torch would cut what it compiles where a bucket of gradients ends, to send it early; layers are small enough.
+    torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.compile(dynamic=False)
 

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,9 @@ from optimizers.sharding import Owners, is_sharded, local, shard
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Others wait while the first rank checks and hashes a checkpoint: 80 GB at 150 MB/s take NCCL's usual ten minutes. For every
+# group: one that is queued behind a waiting one would end the run by its own limit.
+PATIENCE = timedelta(minutes=30)
 # Libraries' methods that work on the shards of a matrix as they do on all of it.
 ELEMENTWISE = {"adam", "adamw", "lion", "sgd", "signum"}
 
@@ -98,6 +102,7 @@ class Parallel:
         if not self.sharded:
             return
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.distributed_c10d import _set_pg_timeout
         from torch.distributed.fsdp import fully_shard
 
         kind = self.device.type
@@ -105,6 +110,8 @@ class Parallel:
             mesh = init_device_mesh(kind, (self.ranks,))
         else:
             mesh = init_device_mesh(kind, (self.ranks // self.team, self.team), mesh_dim_names=("nodes", "ranks"))
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(PATIENCE, group)
         for layer in loss.model.model.layers:  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh)
         # The loss is the root: it reads the last layer's weight outside the model's own forward pass.
@@ -124,7 +131,7 @@ class Parallel:
         elif self.divides:
             group = None
             if self.team < self.ranks:
-                group, _ = dist.new_subgroups(self.team)
+                group, _ = dist.new_subgroups(self.team, timeout=PATIENCE)
             self.owners = shard(optimizer, group, overlap=True)
 
     def wrap(self, loss: nn.Module) -> nn.Module:
@@ -134,6 +141,31 @@ class Parallel:
         with warnings.catch_warnings():  # of broadcast_buffers, whose new name Accelerate does not have
             warnings.filterwarnings("ignore", "`?broadcast_buffers", FutureWarning)
             return self.accelerator.prepare_model(loss)
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether gradients are set to zero between steps and not dropped.
+
+        DDP keeps its buckets in any case, and gradients that were dropped would lie beside them until the last micro-batch.
+        """
+        return self.ranks > 1 and not self.sharded
+
+    def replicas_agree(self, model: nn.Module) -> bool:
+        """Whether all ranks have the same weights, by a digest of their bits; they call it together.
+
+        Nothing brings together again what ranks have computed by themselves (shard_group=node, shard_optimizer=false), and
+        solvers are the same to the bit only on equal cards with equal libraries.
+        """
+        if self.ranks == 1 or self.sharded:
+            return True
+        digest = torch.zeros((), dtype=torch.int64, device=self.device)
+        for p in model.parameters():
+            bits = p.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
+            digest = digest * 31 + bits.sum(dtype=torch.int64)
+        lowest_and_highest = torch.stack([digest, digest])
+        dist.all_reduce(lowest_and_highest[:1], dist.ReduceOp.MIN)
+        dist.all_reduce(lowest_and_highest[1:], dist.ReduceOp.MAX)
+        return bool(lowest_and_highest[0] == lowest_and_highest[1])
 
     def wait(self) -> None:
         """Before weights are read: until those of the last step have arrived."""

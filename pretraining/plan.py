@@ -152,7 +152,12 @@ def data_workers(cfg: DictConfig, device: torch.device) -> int:
     if cfg.data.kind == "prepared":
         return 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // ranks - 1))
+    return 0 if device.type == "cpu" else max(1, min(4, _cores() // ranks - 1))
+
+
+def _cores() -> int:
+    """That this process may use: under SLURM, those of its job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer, device: torch.device, parameters: int):

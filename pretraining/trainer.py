@@ -10,7 +10,6 @@ import zlib
 from collections import deque
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ from .layerwise import LayerWise, UpdateTimes
 from .lock import RunLock
 from .loss import PretrainingLoss, real_targets, target_count
 from .model import build_model, choose_attention, compile_layers, weight_dtype
-from .parallel import Parallel
+from .parallel import PATIENCE, Parallel
 from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows
 from .record import RunRecord, environment, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
@@ -218,6 +217,11 @@ class Trainer:
         self.optimizer = make_optimizer(cfg, self.model)
         self.parallel.divide(self.optimizer)
         self.wrapped = self.parallel.wrap(loss)
+        self.micro_batch = micro_batch_rows(cfg, cfg.trainer.batch_size, self.device)  # rows
+        if self.parallel.sharded:  # all take part in every pass, and cards may be unequal
+            self.micro_batch = -self.parallel.most(-self.micro_batch)
+        if self.parallel.gradients_stay:
+            self._settle_gradients()
         self.layerwise = LayerWise(self.model, self.optimizer, self.device) if cfg.trainer.layerwise else None
         # Accelerate's wrapper adds nothing to an optimizer without a gradient scaler, and its scheduler would step
         # once for every rank.
@@ -340,9 +344,8 @@ class Trainer:
             self.record.diverge(error.step, str(error))
             raise
         except torch.OutOfMemoryError as error:
-            rows = micro_batch_rows(self.cfg, self.cfg.trainer.batch_size, self.device)
             raise UserError(
-                f"the memory of {self.device} does not suffice for step {self.done + 1} with {rows} rows at a time "
+                f"the memory of {self.device} does not suffice for step {self.done + 1} with {self.micro_batch} rows at a time "
                 f"({str(error).partition('. GPU')[0]}): lower trainer.micro_batch_size, which changes results by "
                 "rounding only, or see python scripts/memory.py --gpu 40GB for what fits"
             ) from error
@@ -389,7 +392,7 @@ class Trainer:
     def train_on(self, rows: dict[str, Tensor], waited: float = 0.0) -> StepFigures:
         """Gradient and update from ``rows``, for which this rank has ``waited`` so many seconds."""
         self.parallel.wait()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.parallel.gradients_stay)
         targets = self._sum(self._on_device(target_count(rows["labels"]).sum()))
         set_rates(
             self.optimizer,
@@ -527,9 +530,22 @@ class Trainer:
             total += loss.detach()
         return total
 
+    def _settle_gradients(self) -> None:
+        """Two passes over two tokens: DDP allots its buckets, orders them anew and leaves the gradients, zero, in them.
+
+        That takes twice their memory for a moment: here before there are states or activations, in the first two steps on top
+        of those.
+        """
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        for _ in range(2):
+            with self.eager(), self.autocast():
+                loss = self.wrapped(*self._on_device(({"input_ids": ids}, *real_targets(ids))))
+            loss.backward()
+            self.optimizer.zero_grad(set_to_none=False)
+
     def _pieces(self, rows: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], Tensor]]:
         """This rank's rows in micro-batches of the model's inputs and labels, still on the host."""
-        size = micro_batch_rows(self.cfg, len(rows["input_ids"]), self.device)
+        size = min(self.micro_batch, len(rows["input_ids"])) or 1
         split = {name: x.split(size) for name, x in rows.items()}
         labels = split.pop("labels")
         pieces = [({name: x[i] for name, x in split.items()}, labels[i]) for i in range(len(labels))]
@@ -537,7 +553,7 @@ class Trainer:
             self.parallel.sharded
         ):  # all ranks take part in every pass: one that has fewer rows repeats some, without targets
             most = math.ceil(self.cfg.trainer.batch_size / self.accelerator.num_processes)
-            missing = math.ceil(most / micro_batch_rows(self.cfg, most, self.device)) - len(pieces)
+            missing = math.ceil(most / min(self.micro_batch, most)) - len(pieces)
             inputs, targets = pieces[0]
             pieces += [(inputs, torch.full_like(targets, IGNORE))] * missing
         return pieces
@@ -687,6 +703,12 @@ class Trainer:
                 f"the weights are not finite after step {self.done}, which is not saved; {self._last_good()}; {LOWER}",
                 self.done,
             )
+        if not self.parallel.replicas_agree(self.model):
+            raise UserError(
+                f"after step {self.done}, which is not saved, the processes have different weights: their cards or libraries "
+                "round differently, or one is faulty; use equal ones, or trainer.shard_optimizer=true "
+                "trainer.shard_group=all, by which each matrix is computed once"
+            )
         self.record.flush()
         meta = {
             "evaluated": self.done if not self._evaluation_due() else self.evaluated,
@@ -779,8 +801,7 @@ def make_accelerator(device: torch.device) -> Accelerator:
 
     # Buffers are constants (rotary frequencies), and gradients need not lie in memory twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    # The others wait while the first rank checks and hashes a checkpoint: 80 GB at 150 MB/s take NCCL's usual ten minutes.
-    patient = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
     # Precision and compilation are ours to choose: what `accelerate config` left must not change a run unnoticed.
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp, patient]

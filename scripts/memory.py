@@ -142,7 +142,7 @@ def allowance(gpu: int) -> str:
     return (
         f"{(gpu - planner.usable(gpu)) / 2**30:.1f} GiB ({planner.CONTEXT_BYTES / 2**30:g} GiB and "
         f"{planner.FRAGMENTATION:.0%}) are left for CUDA's context, library workspaces and holes in its allocator:\n"
-        "an allowance, not measured here. On several GPUs DDP's buckets take as much as the gradients once more."
+        "an allowance, not measured here. On several GPUs the gradients lie in DDP's buckets."
     )
 
 

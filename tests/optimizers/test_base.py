@@ -1,6 +1,7 @@
 """The contract that every optimizer of the package keeps, whatever its algorithm."""
 
 import copy
+import inspect
 import io
 import math
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import RACS, Alice, Combined, create, partition
+import optimizers
+from optimizers import RACS, Alice, Combined, MatrixOptimizer, create, partition
 from optimizers import base as base_module
 from optimizers.memory import measured_state_bytes, state_bytes
+from optimizers.muon import Muon
+from optimizers.normalization import Normalization
 
 SMALL = {"rank": 4, "leading": 2, "update_interval": 3}
 METHODS = {
@@ -166,6 +170,39 @@ def test_batched_and_looped_matrices_agree(name, dtype, tolerance, monkeypatch):
         assert (x - y).norm() < tolerance * (x - w).norm()  # rounding, grown over seven steps
 
 
+OWN = [
+    name
+    for name, (build, _) in optimizers.METHODS.items()
+    if isinstance(build, type) and issubclass(build, MatrixOptimizer)
+]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_of_a_stack_every_matrix_has_its_own_clock_scale_and_estimate(name, monkeypatch):
+    """Gradients and estimates of very different sizes, one matrix without a gradient at a time."""
+    build, preset = optimizers.METHODS[name]
+    known = inspect.signature(build).parameters.keys() - preset.keys()
+    options = {key: value for key, value in {"rank": 3, "leading": 1, "update_interval": 3}.items() if key in known}
+    options |= {"ns_dtype": "float32"} if name == "muon" else {}
+
+    def trained(devices):
+        monkeypatch.setattr(base_module, "BATCHED_DEVICES", devices)
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(6, 10, generator=generator).double()) for _ in range(3)]
+        optimizer = create(name, nn.ParameterList(params), verbose=False, **options)
+        for t in range(7):
+            for i, p in enumerate(params):
+                G = 10.0**i * torch.randn(6, 10, generator=generator).double()
+                p.grad = None if t == i + 1 else G
+            if name.startswith("sophia"):
+                optimizer.update_estimate({p: torch.full_like(p, 100.0 * (i + 1)) for i, p in enumerate(params)})
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    for alone, stacked in zip(trained(set()), trained({"cpu"}), strict=True):
+        assert (alone - stacked).norm() <= 1e-6 * alone.norm()
+
+
 def test_chunks_change_nothing(monkeypatch):
     whole, parts = network(torch.float64), network(torch.float64)
     monkeypatch.setattr(base_module, "BATCHED_DEVICES", {"cpu"})
@@ -188,6 +225,27 @@ def test_adam_group_is_torchs_adam():
         reference.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b) == name.endswith("bias"), name
+
+
+def test_decay_in_the_adam_group_is_adamws():
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizer = RACS([{"params": [ours], "adam": True, "lr": 0.01, "weight_decay": 0.5}])
+    reference = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.5, fused=True)
+    for k in range(3):
+        ours.grad = torch.randn(5, generator=torch.Generator().manual_seed(k))
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("method", "lr", "decay"), [(Normalization, 0.0016, 1.0), (Muon, 0.0064, 0.25)])
+def test_decay_and_update_are_rounded_once_in_bfloat16(method, lr, decay):
+    """Each alone is less than half a unit in the last place below 1, 2^-9; together they are not."""
+    p = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    method([p], lr=lr, weight_decay=decay).step()
+    assert (p == 1 - 2**-8).all()
 
 
 def test_adam_moments_narrower_than_the_parameter():
@@ -435,6 +493,20 @@ def test_zero_and_tiny_gradients_stay_finite():
 def test_mistakes_end_in_a_sentence(build, message):
     with pytest.raises(ValueError, match=message):
         build(network())
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_sparse_gradient_is_refused_before_anything_changes(adam):
+    a, b = (nn.Parameter(torch.zeros(8, 12)) for _ in range(2))
+    groups = [{"params": [("a", a)]}, {"params": [("b", b)], "adam": adam}]
+    optimizer = Alice(groups, rank=4, leading=2, update_interval=5)
+    a.grad, b.grad = torch.ones(8, 12), torch.sparse_coo_tensor([[1], [2]], [1.0], (8, 12))
+    with pytest.raises(ValueError, match="the gradient of b is sparse; make it dense"):
+        optimizer.step()
+    assert not optimizer.state
+    b.grad = b.grad.to_dense()
+    optimizer.step()
+    assert optimizer.state[a]["U"].any(), "the first step with a gradient chooses the first basis"
 
 
 def test_a_scaler_leaves_out_a_step_that_overflows():

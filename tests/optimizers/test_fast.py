@@ -13,11 +13,12 @@ from torch import nn
 
 from optimizers import METHODS, RACS, Alice, MatrixOptimizer, base
 from optimizers.apollo import Apollo
+from optimizers.base import Context
 from optimizers.factored import Factored
 from optimizers.fira import Fira
 from optimizers.galore import GaLore
-from optimizers.linalg import _quintic, bounded, column_energy, gram, largest_entry, product, quintic
-from optimizers.low_rank import adam_quotient, residual_energy
+from optimizers.linalg import _orthogonalised, _quintic, bounded, column_energy, gram, largest_entry, product, quintic
+from optimizers.low_rank import adam_quotient, residual_energy, rounding
 from optimizers.muon import Muon
 from optimizers.soap import SOAP
 
@@ -222,6 +223,13 @@ def test_the_scale_of_the_gradient_does_not_matter_whether_entries_were_looked_a
     torch.testing.assert_close(*moved)
 
 
+def test_products_in_tf32_are_trusted_as_far_as_tf32():
+    context = Context(1, ("a",), False, rounding=2.0**-10)
+    U = torch.zeros(1, 6, 2)
+    assert rounding(U, context) == 2.0**-10
+    assert rounding(U.double(), context) == torch.finfo(torch.float64).eps, "which has no such products"
+
+
 def test_squares_serve_the_look_and_the_method():
     """RACS squares a gradient of ordinary size once, and once more where it had to be scaled."""
     squared = []
@@ -246,9 +254,11 @@ def test_squares_serve_the_look_and_the_method():
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)], ids=str)
 def test_orthogonalisation_from_the_right_is_that_from_the_left(shape):
-    X = draw(*shape)
+    X = draw(2, *shape)
     turned = X.mT if shape[0] > shape[1] else X
-    torch.testing.assert_close(quintic(turned, 5, 1e-7), _quintic(turned.contiguous(), 5, 1e-7))
+    expected = torch.stack([_quintic(x.contiguous(), 5, 1e-7) for x in turned])
+    torch.testing.assert_close(quintic(turned, 5, 1e-7), expected)
+    torch.testing.assert_close(_orthogonalised(turned, 5, 1e-7), expected)  # as a stack, which a GPU gets
 
 
 def test_states_of_tall_matrices_lie_like_their_gradients_also_after_loading():

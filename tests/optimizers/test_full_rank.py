@@ -776,3 +776,52 @@ def test_of_a_stack_only_the_matrices_that_need_it_go_to_the_slow_solver(monkeyp
     assert asked == [(3, torch.float32), *[(1, torch.float32)] * 2, (1, torch.float64), (1, torch.float32)]
     assert torch.equal(torch.stack([*original(A[0])[1:]])[0], vectors[0])
     torch.testing.assert_close(vectors * values.unsqueeze(-2) @ vectors.mT, A)
+
+
+CUSOLVER = "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnXsyevd( handle, params, jobz)`"
+
+
+def failing_once(monkeypatch, module, name, error):
+    """``module.name``, whose first call raises; the list of its calls' arguments."""
+    original, asked = getattr(module, name), []
+
+    def stand_in(*args):
+        asked.append(args)
+        if len(asked) == 1:
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(module, name, stand_in)
+    return asked
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CUSOLVER), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB.")])
+def test_what_cuda_has_no_room_for_is_solved_in_parts_or_on_the_cpu(monkeypatch, error):
+    """Of cuSOLVER's complaints torch makes a LinAlgError of one kind only."""
+    X = draw(2, 5, 6).float()
+    A = X @ X.mT
+    U = linalg.top_eigenvectors(A, 3)
+    rest = linalg.complement_columns(U, torch.tensor([[0], [1]]))
+    Q = linalg.thin_qr(X[..., :2])
+    asked = failing_once(monkeypatch, torch.linalg, "eigh", error)
+    with pytest.warns(UserWarning, match="failed on the GPU .*smaller trainer.micro_batch_size"):
+        again = linalg.top_eigenvectors(A, 3)
+    assert [len(M) for (M,) in asked] == [2, 1, 1], "as a stack, then one by one"
+    close_up_to_signs = ((again * U).sum(-2).abs() - 1).abs().max() < 1e-5
+    assert close_up_to_signs
+    for module, name, solve, expected in (
+        (torch.linalg, "qr", lambda: linalg.thin_qr(X[..., :2]), Q),
+        (torch, "geqrf", lambda: linalg.complement_columns(U, torch.tensor([[0], [1]])), rest),
+    ):
+        failing_once(monkeypatch, module, name, error)
+        with pytest.warns(UserWarning, match="failed on the GPU"):
+            assert torch.equal(solve(), expected)
+
+
+def test_errors_that_are_no_failure_of_a_solver_are_not_caught(monkeypatch):
+    failing_once(monkeypatch, torch.linalg, "eigh", RuntimeError("expected scalar type Float"))
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        linalg.top_eigenvectors(covariance(), 3)
+    failing_once(monkeypatch, torch.linalg, "qr", RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        linalg.thin_qr(draw(1, 4, 2))

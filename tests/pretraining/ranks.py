@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
+from data.errors import UserError
 from pretraining.evaluation import evaluate
 from pretraining.loss import PretrainingLoss
 from pretraining.signals import Stopped
@@ -80,12 +81,12 @@ def skip_on_one_rank(folder: Path, *more: str) -> int:
         loss = original(self, *inputs, **named)
         return loss * math.nan if len(calls) == 3 and dist.get_rank() == dist.get_world_size() - 1 else loss
 
-    PretrainingLoss.forward = forward  # type: ignore[method-assign]
     cfg = config(
         folder, "trainer.on_nonfinite=skip", "trainer.steps=4", "trainer.micro_batch_size=64", "trainer.eval_every=4",
         "trainer.sample_tokens=0", *more,
     )  # fmt: skip
     trainer = Trainer(cfg, make_plan(cfg))
+    PretrainingLoss.forward = forward  # type: ignore[method-assign]
     trainer.run()
     PretrainingLoss.forward = original  # type: ignore[method-assign]
     weights = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters())
@@ -93,6 +94,47 @@ def skip_on_one_rank(folder: Path, *more: str) -> int:
     everywhere = trainer.accelerator.gather(digest.reshape(1))
     assert (everywhere == everywhere[0]).all() and torch.isfinite(everywhere).all()
     return trainer.skipped
+
+
+def gradients_in_memory(folder: Path) -> list[bool]:
+    """Of the first steps: whether gradients lie in one place from the first micro-batch on."""
+    cfg = config(folder, *SETTINGS, *BASES)
+    trainer = Trainer(cfg, make_plan(cfg))
+    original = trainer.parallel.accumulate
+    places: list[set[int]] = []
+
+    def accumulate(wrapped, last):
+        places[-1] |= {p.grad.data_ptr() for p in trainer.model.parameters() if p.grad is not None}
+        return original(wrapped, last)
+
+    trainer.parallel.accumulate = accumulate  # type: ignore[method-assign]
+    for _ in range(3):
+        places.append(set())
+        trainer.train_on(next(trainer.batches))
+        places[-1] |= {p.grad.data_ptr() for p in trainer.model.parameters()}
+    trainer.batches.close()
+    after = {p.grad.data_ptr() for p in trainer.model.parameters()}
+    return [place == after for place in places]
+
+
+def drift(folder: Path) -> str:
+    """What is said of a rank that has computed something else; nothing is saved."""
+    cfg = config(folder, *SETTINGS, *BASES)
+    trainer = Trainer(cfg, make_plan(cfg))
+    trainer.train_on(next(trainer.batches))
+    trainer._save()
+    trainer.train_on(next(trainer.batches))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        with torch.no_grad():
+            weight = trainer.model.lm_head.weight[3, 5]
+            weight.copy_(torch.nextafter(weight, torch.tensor(1.0)))
+    try:
+        trainer._save()
+    except UserError as error:
+        return str(error)
+    finally:
+        trainer.batches.close()
+    return "saved"
 
 
 def stop_the_chain(folder: Path, parallel: str, step: int) -> None:
@@ -136,6 +178,8 @@ def work(folder: Path, rank: int) -> dict[str, Any]:
         run("ddp-2")
         run("fsdp2-2", FSDP2, "trainer.sample_tokens=4")
         run("sophia-2", *SOPHIA)
+        found["gradients"] = gradients_in_memory(folder / "gradients")
+        found["drift"] = drift(folder / "drift")
         run("adam_mini-2", *MINI)
         stop_the_chain(folder, *CHAIN[1][1:])
     else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import METHODS, create
+from optimizers import METHODS, Sophia, create
 from pretraining import checkpoint
 from pretraining.curvature import hutchinson, label_gradient
 from pretraining.evaluation import IGNORE, row_losses
@@ -34,6 +34,16 @@ def summed_loss(table, out):
 def exact_diagonals(params):
     hessian = torch.func.hessian(lambda table, out: summed_loss(table, out), argnums=(0, 1))(*params)
     return [hessian[i][i].reshape(p.numel(), p.numel()).diagonal().view_as(p) for i, p in enumerate(params)], hessian
+
+
+def test_an_estimate_serves_one_step():
+    p = nn.Parameter(torch.zeros(3, 4))
+    optimizer = Sophia([p], update_interval=1)
+    p.grad = torch.ones_like(p)
+    optimizer.update_estimate({p: torch.ones_like(p)})
+    optimizer.step()
+    with pytest.raises(ValueError, match="needs an estimate"):
+        optimizer.step()
 
 
 def test_one_hutchinson_sample_is_u_times_hessian_times_u(net):

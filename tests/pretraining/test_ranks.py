@@ -131,6 +131,21 @@ def test_states_are_counted_once(found, chain, name):
         assert max(by_rank) < one["optimizer_state_bytes"]
 
 
+def test_accumulated_gradients_lie_in_ddps_buckets(found):
+    """And not beside them: twice the memory."""
+    _, results = found
+    assert [result["gradients"] for result in results if "gradients" in result] == [[True, True, True]] * 2
+
+
+def test_ranks_that_have_drifted_apart_save_nothing(found):
+    """One rounding in one weight of one rank."""
+    folder, results = found
+    for result in results[:2]:
+        assert "after step 2, which is not saved, the processes have different weights" in result["drift"]
+        assert result["drift"].endswith("by which each matrix is computed once")
+    assert [path.name for path in (folder / "drift/checkpoints").iterdir()] == ["step-0000001"]
+
+
 @pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(found, name):
     folder, results = found

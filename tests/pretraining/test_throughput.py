@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.errors import UserError
 from data.loader import TrainingBatches
 from pretraining import throughput
+from pretraining.config import compose
 from pretraining.model import build_model
 from pretraining.plan import make_optimizer
 from pretraining.trainer import Trainer, make_plan, train
@@ -43,6 +44,19 @@ class Reads(TorchDispatchMode):
         ):
             self.found.append(name)
         return function(*args, **(kwargs or {}))
+
+
+def test_steps_that_settle_are_left_out_of_the_figures():
+    meters = throughput.Meters()
+    for seconds in [100.0] * throughput.WARMUP_STEPS + [1.0, 1.0]:
+        meters.add(seconds, 0.0, 0.0)
+    assert (meters.best.steps, meters.best.seconds, meters.every.steps) == (2, 2.0, throughput.WARMUP_STEPS + 2)
+
+
+def test_flops_of_a_token_at_60m_by_hand():
+    model = compose(["model=llama_60m", "optimizer=adam"]).model
+    weights = 58_073_600 - 32_000 * 512  # without the embedding, which is looked up
+    assert throughput.flops_per_token(model, 58_073_600, 256) == 6 * weights + 12 * 8 * 512 * 256
 
 
 def made(trainer: Trainer, steps: int = 1) -> list[str]:
@@ -86,20 +100,24 @@ def test_the_norm_is_that_of_all_gradients(tmp_path):
     trainer.batches.close()
 
 
-def test_the_loader_pins_rows_in_its_own_thread(monkeypatch, tmp_path):
+def test_the_loader_pins_rows_in_its_own_thread_for_this_ranks_device(monkeypatch, tmp_path):
     import threading
 
-    threads = []
+    threads, devices = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: devices.append((threading.current_thread().name, i)))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: threads.append(threading.current_thread().name) or x)
     cfg = config(tmp_path / "run", "optimizer=adam")
     trainer = Trainer(cfg, make_plan(cfg))
     plan = trainer.batches.plan
     for pinned in (True, False):
         threads.clear()
+        devices.clear()
         with TrainingBatches(plan.source, plan.tokenizer, 32, "pack", 6, pin_memory=pinned) as batches:
             rows = next(batches)
             assert rows["input_ids"].shape == (6, 32)
         assert set(threads) == ({"data-prefetch"} if pinned else set())
+        assert devices == ([("data-prefetch", 3)] if pinned else [])
 
 
 def test_objects_from_before_are_left_out_of_collections_and_come_back():

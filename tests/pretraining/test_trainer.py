@@ -47,6 +47,9 @@ def config(run_dir, *more):
     return cfg
 
 
+ALONE = ["trainer.save_every=0", "trainer.save_model=false", "trainer.sample_tokens=0"]  # metrics and nothing else
+
+
 def lines(run_dir, kind=None):
     every = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in every if kind in (None, line["kind"])]
@@ -90,6 +93,64 @@ def test_rates_follow_warmup_and_cosine(run):
     assert rate_factor(10, 100) == 1
     assert rate_factor(55, 100) == pytest.approx(0.55)
     assert rate_factor(100, 100) == pytest.approx(0.1)
+
+
+def test_the_schedule_is_the_runs_own(tmp_path):
+    train(config(tmp_path, *ALONE, "trainer.warmup_fraction=0.5", "trainer.min_lr_ratio=0.4"))
+    cosine = [0.4 + 0.3 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert [line["lr"] / 0.02 for line in lines(tmp_path, "train")] == pytest.approx([0, 0.25, 0.5, 0.75, *cosine])
+
+
+def test_a_limit_above_every_norm_changes_nothing(tmp_path):
+    for name, limit in (("without", "null"), ("with", "1000")):
+        train(config(tmp_path / name, *ALONE, "trainer.steps=4", f"trainer.grad_clip={limit}"))
+    assert losses(tmp_path / "without") == losses(tmp_path / "with")
+
+
+def test_mixed_precision_computes_in_bfloat16_and_so_does_its_evaluation(tmp_path):
+    cfg = config(tmp_path, "trainer.steps=2", "trainer.precision=bf16_mixed")
+    trainer, seen = Trainer(cfg, make_plan(cfg)), []
+    layer = trainer.model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, _, out: seen.append((module.training, out.dtype)))
+    trainer.run()
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    again = evaluate_saved(compose([f"checkpoint={tmp_path}"], root="eval"))
+    assert again.perplexity == json.loads((tmp_path / "summary.json").read_text())["perplexity"]
+
+
+def test_the_seed_reaches_weights_rows_and_draws(tmp_path):
+    """data.seed is the rows' own."""
+    found = []
+    for i, seeds in enumerate((["seed=1"], ["seed=2"], ["seed=2", "data.seed=1"])):
+        cfg = config(tmp_path / str(i), *seeds)
+        trainer = Trainer(cfg, make_plan(cfg))
+        weight = trainer.model.lm_head.weight.detach().clone()
+        found.append((weight, next(trainer.batches)["input_ids"], trainer.optimizer.param_groups[0]["seed"]))
+        trainer.batches.close()
+    (weight_1, rows_1, draws_1), (weight_2, rows_2, draws_2), (weight_3, rows_3, draws_3) = found
+    assert not torch.equal(weight_1, weight_2) and torch.equal(weight_2, weight_3)
+    assert not torch.equal(rows_1, rows_2) and torch.equal(rows_1, rows_3)
+    assert (draws_1, draws_2, draws_3) == (1, 2, 2)
+
+
+def test_attention_within_documents_reaches_training_and_validation(tmp_path):
+    cfg = config(tmp_path, "data.attention=document")
+    trainer = Trainer(cfg, make_plan(cfg))
+    assert "position_ids" in next(trainer.batches)
+    assert len(trainer.validation) == 3, "inputs, labels, positions"
+    trainer.batches.close()
+
+
+def test_estimates_of_curvature_are_drawn_anew_at_every_step(tmp_path):
+    cfg = config(tmp_path, "optimizer=sophia_h", "optimizer.update_interval=1")
+    trainer, given = Trainer(cfg, make_plan(cfg)), []
+    rows = next(trainer.batches)
+    trainer.optimizer.update_estimate = lambda estimates: given.append(next(iter(estimates.values())))
+    for trainer.done in (0, 1, 1):
+        trainer._estimate_curvature(rows, torch.tensor(100))
+    trainer.batches.close()
+    assert not torch.equal(given[0], given[1]) and torch.equal(given[1], given[2])
 
 
 def test_both_rates_are_scheduled():

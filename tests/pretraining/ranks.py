@@ -12,7 +12,11 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from data.errors import UserError
+from optimizers import sharding
 from pretraining.evaluation import evaluate
 from pretraining.loss import PretrainingLoss
 from pretraining.signals import Stopped
@@ -39,6 +44,7 @@ BASES = [*ALICE, "optimizer.log_basis=true"]
 BF16 = ["trainer.precision=bf16", "trainer.steps=4"]
 SOPHIA = ["optimizer=sophia_h", "optimizer.update_interval=3", "trainer.steps=6", "trainer.save_every=0"]
 MINI = ["optimizer=adam_mini", "trainer.steps=4", "trainer.save_every=0"]
+TIED = "model.tie_word_embeddings=true"
 FSDP2, REPLICATED, NODE = "trainer.parallel=fsdp2", "trainer.shard_optimizer=false", "trainer.shard_group=node"
 SIZES = (1, 5, 64)
 # The common run: how many ranks, their layout, and the step at which the last of them alone gets a signal
@@ -117,6 +123,31 @@ def gradients_in_memory(folder: Path) -> list[bool]:
     return [place == after for place in places]
 
 
+class Late:
+    """A message that arrives when it is waited for, and not before."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.send = partial(dist.broadcast, *args, **options)
+
+    def wait(self) -> None:
+        self.send()
+
+
+@contextmanager
+def late_messages() -> Iterator[None]:
+    """Owners' new weights are at the others' when they are waited for: who forgets that computes with old ones."""
+    original = dist.broadcast
+
+    def broadcast(*args, async_op=False, **options):
+        return Late(*args, **options) if async_op else original(*args, **options)
+
+    sharding.dist = SimpleNamespace(**{**vars(dist), "broadcast": broadcast})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sharding.dist = dist
+
+
 def drift(folder: Path) -> str:
     """What is said of a rank that has computed something else; nothing is saved."""
     cfg = config(folder, *SETTINGS, *BASES)
@@ -185,6 +216,9 @@ def work(folder: Path, rank: int) -> dict[str, Any]:
     else:
         found["evaluations 2"] = evaluations(folder / "unused-2")
         run("replicated-2", REPLICATED)
+        run("tied-2", TIED)
+        with late_messages():
+            run("late-2")
         run("bf16-ddp-2", *BF16)
         run("bf16-fsdp2-2", *BF16, FSDP2)
         found["skipped fsdp2-2"] = skip_on_one_rank(folder / "skip-fsdp2-2", FSDP2)

@@ -21,12 +21,19 @@ from .test_trainer import ROOT, config, lines
 
 LIMITS = {"loss": 1e-6, "grad_norm": 1e-5}
 BF16_LIMITS = {"loss": 1e-3, "grad_norm": 2e-2}
-REFERENCES = {"one": ranks.BASES, "bf16": [*ranks.BASES, *ranks.BF16], "sophia": ranks.SOPHIA, "adam_mini": ranks.MINI}
+REFERENCES = {
+    "one": ranks.BASES,
+    "bf16": [*ranks.BASES, *ranks.BF16],
+    "tied": [*ranks.BASES, ranks.TIED],
+    "sophia": ranks.SOPHIA,
+    "adam_mini": ranks.MINI,
+}
 # run -> the run of one process
 RUNS = {
     **dict.fromkeys(
-        ["ddp-2", "replicated-2", "fsdp2-2", "ddp-4", "fsdp2-4", "node-ddp-4", "node-fsdp2-4", "chain"], "one"
+        ["ddp-2", "late-2", "replicated-2", "fsdp2-2", "ddp-4", "fsdp2-4", "node-ddp-4", "node-fsdp2-4", "chain"], "one"
     ),
+    "tied-2": "tied",
     **dict.fromkeys(["bf16-ddp-2", "bf16-fsdp2-2"], "bf16"),
     "sophia-2": "sophia",
     "adam_mini-2": "adam_mini",

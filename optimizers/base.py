@@ -345,7 +345,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._estimates = estimates
 
     def _refuse_sparse(self) -> None:
-        """Before any state changes: a step that ended half-way would leave clocks ahead of their bases."""
+        """Before any state of this rank changes: a step that ended half-way would leave clocks ahead of their bases."""
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse:

@@ -92,6 +92,7 @@ class Parallel:
         self.whole = self.sharded and cfg.optimizer.name not in ELEMENTWISE
         self.team = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cfg.trainer.shard_group == "node" else self.ranks
         self.owners: Owners | None = None
+        self.copies: dist.ProcessGroup | None = None  # the ranks that have copies of the same weights; None: all
         if self.sum(torch.tensor(self.team, device=device)) != self.team * self.ranks:
             raise UserError(
                 "the nodes have unequal numbers of processes: launch as many on each, or set trainer.shard_group=all"
@@ -112,6 +113,7 @@ class Parallel:
             mesh = init_device_mesh(kind, (self.ranks // self.team, self.team), mesh_dim_names=("nodes", "ranks"))
             for group in mesh.get_all_groups():
                 _set_pg_timeout(PATIENCE, group)
+            self.copies = mesh.get_group("nodes")
         for layer in loss.model.model.layers:  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh)
         # The loss is the root: it reads the last layer's weight outside the model's own forward pass.
@@ -151,21 +153,21 @@ class Parallel:
         return self.ranks > 1 and not self.sharded
 
     def replicas_agree(self, model: nn.Module) -> bool:
-        """Whether all ranks have the same weights, by a digest of their bits; they call it together.
+        """Whether copies of a weight are the same on all ranks, by a digest of their bits; all call it together.
 
-        Nothing brings together again what ranks have computed by themselves (shard_group=node, shard_optimizer=false), and
-        solvers are the same to the bit only on equal cards with equal libraries.
+        Nothing brings together again what ranks have computed by themselves: the Adam group, and all matrices with
+        shard_group=node or shard_optimizer=false. Solvers are the same to the bit only on equal cards with equal libraries.
         """
-        if self.ranks == 1 or self.sharded:
+        if self.ranks == 1 or (self.sharded and self.copies is None):
             return True
         digest = torch.zeros((), dtype=torch.int64, device=self.device)
-        for p in model.parameters():
+        for p in map(local, model.parameters()):
             bits = p.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
             digest = digest * 31 + bits.sum(dtype=torch.int64)
-        lowest_and_highest = torch.stack([digest, digest])
-        dist.all_reduce(lowest_and_highest[:1], dist.ReduceOp.MIN)
-        dist.all_reduce(lowest_and_highest[1:], dist.ReduceOp.MAX)
-        return bool(lowest_and_highest[0] == lowest_and_highest[1])
+        lowest, highest = digest.clone(), digest.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.copies)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.copies)
+        return not self.any(lowest != highest)
 
     def wait(self) -> None:
         """Before weights are read: until those of the last step have arrived."""

@@ -537,11 +537,17 @@ class Trainer:
         of those.
         """
         ids = torch.zeros(1, 2, dtype=torch.int64)
-        for _ in range(2):
-            with self.eager(), self.autocast():
-                loss = self.wrapped(*self._on_device(({"input_ids": ids}, *real_targets(ids))))
-            loss.backward()
-            self.optimizer.zero_grad(set_to_none=False)
+        try:
+            for _ in range(2):
+                with self.eager(), self.autocast():
+                    loss = self.wrapped(*self._on_device(({"input_ids": ids}, *real_targets(ids))))
+                loss.backward()
+                self.optimizer.zero_grad(set_to_none=False)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of {self.device} does not suffice for weights and gradients: set trainer.parallel=fsdp2, which "
+                "divides them, or see python scripts/memory.py --gpu 40GB for what fits"
+            ) from error
 
     def _pieces(self, rows: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], Tensor]]:
         """This rank's rows in micro-batches of the model's inputs and labels, still on the host."""
@@ -704,10 +710,13 @@ class Trainer:
                 self.done,
             )
         if not self.parallel.replicas_agree(self.model):
+            t = self.cfg.trainer
+            once = "set trainer.shard_optimizer=true trainer.shard_group=all, and each matrix is computed once; or "
+            repeated = t.shard_group == "node" or not (t.shard_optimizer or self.parallel.sharded)
             raise UserError(
                 f"after step {self.done}, which is not saved, the processes have different weights: their cards or libraries "
-                "round differently, or one is faulty; use equal ones, or trainer.shard_optimizer=true "
-                "trainer.shard_group=all, by which each matrix is computed once"
+                f"round differently, or one is faulty; {once if repeated else ''}use equal ones, and the same command goes on "
+                "from the last checkpoint"
             )
         self.record.flush()
         meta = {

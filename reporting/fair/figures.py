@@ -109,7 +109,7 @@ def _speedup(fair: Fair) -> Figure:
                 empty(axes)
                 continue
             rows = sorted(reversed(rows), key=lambda row: row.speedup or 0)  # upwards, equal ones by perplexity
-            every = max(every, int(np.diff(shared_curve(rows[0].runs)[0]).max()))
+            every = max([every, *np.diff(shared_curve(rows[0].runs)[0]).astype(int)])
             times, why = wall_clock(methods(fair, model))
             if why:
                 notes.append(f"{model}: no times, {why}")
@@ -139,7 +139,8 @@ def _speedup(fair: Fair) -> Figure:
             figure.legend(handles=handles, loc="outside lower center", ncols=2)
         elif notes:
             figure.supxlabel("in steps; in seconds not shown (see the page)", fontsize=7.5, color=GREY)
-        style.title(figure, f"Speed-up over Adam: more is better (at least so much: evaluated every {every:,} steps)")
+        least = f" (at least so much: evaluated every {every:,} steps)" if every else ""
+        style.title(figure, f"Speed-up over Adam: more is better{least}")
     return figure
 
 

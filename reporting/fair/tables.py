@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .. import units
@@ -460,7 +460,8 @@ def repeat(fair: Fair, out: Path) -> str:
 
 
 def untuned(fair: Fair, model: str, out: Path) -> str:
-    return _changes(untuned_changes(fair, model), out)
+    """In bold, what the rules ask a grid for."""
+    return _changes(untuned_changes(fair, model), out, lambda change: change < -OWED)
 
 
 def intervals(fair: Fair, model: str, out: Path) -> str:
@@ -482,13 +483,15 @@ def intervals(fair: Fair, model: str, out: Path) -> str:
 def constants(fair: Fair, model: str, out: Path) -> str:
     """What is in fair_constants besides intervals."""
     changes = untuned_changes(fair, model, "fair_constants")
-    return _changes([change for change in changes if "_k" not in change[0].name], out)
+    return _changes([change for change in changes if "_k" not in change[0].name], out, lambda _: False)
 
 
-def _changes(changes: Iterable[tuple[Asked, Run | None, Run | None, float | None]], out: Path) -> str:
+def _changes(
+    changes: Iterable[tuple[Asked, Run | None, Run | None, float | None]], out: Path, bold: Callable[[float], bool]
+) -> str:
     rows = []
     for asked, before, run, change in changes:
-        text = "–" if change is None else f"**{change:+.4f}**" if change < -OWED else f"{change:+.4f}"
+        text = "–" if change is None else f"**{change:+.4f}**" if bold(change) else f"{change:+.4f}"
         rows.append(
             [
                 f"`{asked.name}`",

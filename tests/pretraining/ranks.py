@@ -148,16 +148,40 @@ def late_messages() -> Iterator[None]:
         sharding.dist = dist
 
 
-def drift(folder: Path) -> str:
+def limits(folder: Path, *more: str) -> list[float]:
+    """Minutes after which messages of the groups within this launch are given up."""
+    cfg = config(folder, *SETTINGS, *BASES, *more)
+    trainer = Trainer(cfg, make_plan(cfg))
+    trainer.batches.close()
+    assert trainer.parallel.owners is not None
+    groups = {team.group for team in trainer.parallel.owners.teams} | ({trainer.parallel.copies} - {None})
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() / 60 for group in groups]
+
+
+@contextmanager
+def unequal_cards() -> Iterator[None]:
+    """The last rank has room for more rows at a time than the first."""
+    from pretraining import trainer
+
+    original = trainer.micro_batch_rows
+    trainer.micro_batch_rows = lambda *_: 1 + dist.get_rank()
+    try:
+        yield
+    finally:
+        trainer.micro_batch_rows = original
+
+
+def drift(folder: Path, *more: str) -> str:
     """What is said of a rank that has computed something else; nothing is saved."""
-    cfg = config(folder, *SETTINGS, *BASES)
+    cfg = config(folder, *SETTINGS, *BASES, *more)
     trainer = Trainer(cfg, make_plan(cfg))
     trainer.train_on(next(trainer.batches))
     trainer._save()
     trainer.train_on(next(trainer.batches))
     if dist.get_rank() == dist.get_world_size() - 1:
         with torch.no_grad():
-            weight = trainer.model.lm_head.weight[3, 5]
+            weight = sharding.local(trainer.model.lm_head.weight)[3, 5]
             weight.copy_(torch.nextafter(weight, torch.tensor(1.0)))
     try:
         trainer._save()
@@ -201,6 +225,8 @@ def work(folder: Path, rank: int) -> dict[str, Any]:
     os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}  # as on two nodes
     run("node-ddp-4", NODE)
     run("node-fsdp2-4", NODE, FSDP2)
+    found["limits"] = [*limits(folder / "limits", NODE), *limits(folder / "limits-fsdp2", NODE, FSDP2)]
+    found["drift node-fsdp2"] = drift(folder / "drift-node-fsdp2", NODE, FSDP2)
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
     stop_the_chain(folder, *CHAIN[0][1:])
 
@@ -217,6 +243,8 @@ def work(folder: Path, rank: int) -> dict[str, Any]:
         found["evaluations 2"] = evaluations(folder / "unused-2")
         run("replicated-2", REPLICATED)
         run("tied-2", TIED)
+        with unequal_cards():
+            run("fsdp2-unequal-2", FSDP2)
         with late_messages():
             run("late-2")
         run("bf16-ddp-2", *BF16)

@@ -1,6 +1,7 @@
 """What a plan says before anything is allocated."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from optimizers.memory import state_bytes
 from pretraining.config import compose
 from pretraining.model import build_model, parameter_count
-from pretraining.plan import choose_precision, make_optimizer, make_plan, micro_batch_rows
+from pretraining.plan import choose_precision, data_workers, make_optimizer, make_plan, micro_batch_rows
 
 TABLES = json.loads((Path(__file__).parents[2] / "results/paper/tables.json").read_text())
 SIZES = ("60m", "130m", "350m", "1b")
@@ -87,6 +88,15 @@ def test_auto_rows_depend_on_the_model_and_on_the_gpu(monkeypatch, model, gib, r
     assert micro_batch_rows(cfg, 512, torch.device("cpu")) == 16
     cfg.trainer.micro_batch_size = 128
     assert micro_batch_rows(cfg, 512, torch.device("cuda")) == 128
+
+
+def test_threads_are_planned_for_the_cores_of_the_job(monkeypatch):
+    cfg = compose(["model=llama_60m", "optimizer=adam", "data.workers=auto"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for cores, workers in ((32, 3), (128, 4), (8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert data_workers(cfg, torch.device("cuda")) == workers
 
 
 def test_too_few_refreshes_are_told_of():

@@ -34,6 +34,7 @@ RUNS = {
         ["ddp-2", "late-2", "replicated-2", "fsdp2-2", "ddp-4", "fsdp2-4", "node-ddp-4", "node-fsdp2-4", "chain"], "one"
     ),
     "tied-2": "tied",
+    "fsdp2-unequal-2": "one",
     **dict.fromkeys(["bf16-ddp-2", "bf16-fsdp2-2"], "bf16"),
     "sophia-2": "sophia",
     "adam_mini-2": "adam_mini",
@@ -147,10 +148,20 @@ def test_accumulated_gradients_lie_in_ddps_buckets(found):
 def test_ranks_that_have_drifted_apart_save_nothing(found):
     """One rounding in one weight of one rank."""
     folder, results = found
-    for result in results[:2]:
-        assert "after step 2, which is not saved, the processes have different weights" in result["drift"]
-        assert result["drift"].endswith("by which each matrix is computed once")
-    assert [path.name for path in (folder / "drift/checkpoints").iterdir()] == ["step-0000001"]
+    for name, some, more in (("drift", results[:2], False), ("drift node-fsdp2", results, True)):
+        for result in some:
+            assert "after step 2, which is not saved, the processes have different weights" in result[name]
+            assert ("trainer.shard_group=all, and each matrix is computed once" in result[name]) == more
+            assert result[name].endswith("use equal ones, and the same command goes on from the last checkpoint")
+        saved = folder / name.replace(" ", "-") / "checkpoints"
+        assert [path.name for path in saved.iterdir()] == ["step-0000001"]
+
+
+def test_every_group_waits_as_long_as_the_whole(found):
+    """Half an hour: while the first rank hashes a checkpoint, groups of a node have messages in the queue."""
+    _, results = found
+    for result in results:
+        assert len(result["limits"]) == 3 and set(result["limits"]) == {30.0}
 
 
 @pytest.mark.parametrize("name", ["ddp-4", "fsdp2-2"])

@@ -14,7 +14,7 @@ from data.errors import UserError
 from data.loader import TrainingBatches
 from pretraining import throughput
 from pretraining.config import compose
-from pretraining.model import build_model
+from pretraining.model import build_model, compile_layers
 from pretraining.plan import make_optimizer
 from pretraining.trainer import Trainer, make_plan, train
 
@@ -155,6 +155,12 @@ def test_freed_memory_is_used_again_without_new_pages():
     if not kept:
         pytest.skip("another C library than glibc")
     assert then < first / 20
+
+
+def test_a_compiled_layer_is_not_cut_at_ddps_buckets(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    compile_layers(build_model(compose(["experiment=quickstart", "optimizer=adam"]).model))
+    assert torch._dynamo.config.optimize_ddp is False
 
 
 @pytest.mark.slow

@@ -498,17 +498,25 @@ def test_steps_between_refreshes_are_held_against_the_same_row_and_named_in_the_
     assert cells(rows, "Alice")[1:] == ["50.00", "50.00<br>+0.0000", f"55.00<br>{longest:+.4f}"]
     assert cells(rows, "Alice without compensation")[1:] == ["55.00", "not run", "55.00<br>+0.0000"]
     text = " ".join(answer(fair))
-    changes = f"Alice {longest:+.3f} and Alice without compensation, tracking and switching {math.log(77 / 60):+.3f}"
-    assert f"instead of 12, at rates chosen with 12 and one seed, the loss changes by more than 0.02 nats for these: on " \
-           f"`llama_tiny` {changes}; on `llama_tiny_4k` none." in text  # fmt: skip
-    brought = f"{math.log(60 / 55):+.2f} with 12 steps and {math.log(77 / 55):+.2f} with 200 steps"
-    assert f"(one seed; in the paper, with 200, by {math.log(26.96 / 25.11):.2f}): on `llama_tiny` {brought};" in text
-    assert "Of the other constants, the same way: on `llama_tiny` none" in text
+    alone = math.log(77 / 60)
+    changes = (
+        f"Alice with 200 {longest:+.3f} and Alice without compensation, tracking and switching with 200 {alone:+.3f}"
+    )
+    assert f"(+: higher) in these cases: on `llama_tiny` {changes}; on `llama_tiny_4k` none." in text
+    brought = f"{math.log(55 / 60):+.2f} with 12 and {math.log(55 / 77):+.2f} with 200"
+    assert f"(in the paper by {math.log(25.11 / 26.96):+.2f} with 200): on `llama_tiny` {brought};" in text
     assert cells(constants(fair, TINY, whole), "`alice_b3_98`")[2:] == ["50.00", "50.00", "+0.0000"]
     assert "alice_k200" not in constants(fair, TINY, whole)
-    partly = " ".join(answer(without(fair, "fair_constants/llama_tiny/alice_k50-*")))
-    assert f"`llama_tiny` Alice without compensation, tracking and switching {math.log(77 / 60):+.3f};" in partly
-    assert "steps between refreshes instead" not in " ".join(answer(without(fair, "fair_constants/*")))
+    lost = changed(fair, "fair_constants/llama_tiny/alice_k50-s42", perplexity=math.inf)
+    lost = changed(lost, "fair_constants/llama_tiny/nothing_k200-s42", perplexity=math.inf)
+    text = " ".join(answer(lost))
+    assert f"on `llama_tiny` Alice with 50 diverges, Alice with 200 {longest:+.3f} and Alice without compensation, tracking " \
+           "and switching with 200 diverges; on" in text  # fmt: skip
+    assert f"on `llama_tiny` {math.log(55 / 60):+.2f} with 12;" in text
+    partly = " ".join(answer(without(fair, "fair_constants/llama_tiny/*_k12-*")))
+    assert f"on `llama_tiny` Alice with 200 {longest:+.3f} (3 of 5 are known); on `llama_tiny_4k` none." in partly
+    text = " ".join(answer(without(fair, "fair_constants/*")))
+    assert "(+: higher)" not in text and "Without compensation" not in text
 
 
 # The answer and the page -------------------------------------------------------------------------------------------------
@@ -676,6 +684,10 @@ def test_pictures_are_drawn_of_what_there_is(fair, tmp_path):
     drawn = partial(draw, fair=fair, folder=tmp_path)
     for name in ("curves", "speedup", "memory", "group_rate", "sensitivity", "ablations"):
         assert all(path.stat().st_size > 1000 for path in drawn(name))
+    assert b"evaluated every" in (tmp_path / "speedup.svg").read_bytes()
+    alone = without(fair, *(f"fair_best/{TINY}/{name}-*" for name in ("alice", "racs")))
+    draw("speedup", alone, tmp_path)
+    assert b"evaluated every" not in (tmp_path / "speedup.svg").read_bytes(), "there is nothing beside Adam"
 
 
 def test_what_the_rule_says_of_variants_once_all_have_run(fair):

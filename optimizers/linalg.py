@@ -236,7 +236,7 @@ def _make_room(error: RuntimeError) -> None:
         raise error
     warnings.warn(
         f"a decomposition failed on the GPU ({words.splitlines()[0]}): it is tried again in parts or on the CPU, which is "
-        "slow; if this goes on, leave more memory free, for example with a smaller trainer.micro_batch_size",
+        "slow; if this goes on, leave more memory free, for example by smaller micro-batches",
         stacklevel=4,
     )
     torch.cuda.empty_cache()

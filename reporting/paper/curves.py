@@ -65,8 +65,8 @@ def figure1_2(paper: Paper, root: Path, memory: Memory | None) -> Figure:
             axes.set_title(f"{size}  (Figure {figure_name.split('_')[0].removeprefix('fig')})")
             axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
             axes.set_xlabel("steps")
-            axes.legend(title="paper, final (*: last layer by Adam)", **_LEGEND)
-        style.title(figure, "Validation perplexity on C4: the paper's curves" + _ours_note(figure))
+            axes.legend(title="paper, final", **_LEGEND)
+        style.title(figure, "C4: the paper's curves (*: last layer by Adam)" + _ours_note(figure))
     return figure
 
 

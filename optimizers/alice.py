@@ -22,7 +22,6 @@ from .low_rank import (
     SWITCHING,
     adam_quotient,
     basis_cosines,
-    column_energy,
     draw_gaussian,
     fira_scaling,
     is_rounded,
@@ -85,7 +84,8 @@ class Alice(MatrixOptimizer):
             "rotated" expresses it in the new one.
         update_times: "printed", t = 1, K, 2K, ...; "zero_based", t = 1, K + 1, 2K + 1, ... as GaLore's code.
         fix_signs: choose the signs of a new basis by those of the old one (see ``linalg.align_signs``).
-        bias_correction: multiply the update by sqrt(1 - beta_2^t) / (1 - beta_1^t), as in Adam; the paper does not.
+        bias_correction: multiply the update by sqrt(1 - beta_2^t) / (1 - beta_1^t), as in Adam; the paper does not. It is
+            right for omega only: C, whose p starts at 0 too, is larger than later on without it, and still larger with it.
         square: side of a square matrix that is projected: its "rows", as the paper's m <= n says, or its "columns", as
             the code of GaLore, Fira and Apollo does.
         state_dtype: dtype of U, m and v; None for the parameter's, as in the paper; "8bit" for block-wise codes of m and v.
@@ -273,15 +273,13 @@ class Alice(MatrixOptimizer):
         if group["compensation"] == "none" or r == m:  # with r = m nothing is left to compensate for
             return Factored(U=U, R=omega)
         gamma, eps, alpha_c = group["limiter"], group["eps"], group["compensation_scale"]
-        gaussian = "gaussian" in group["switching"]
-        accuracy = rounding(U, ctx), not gaussian and not is_rounded(U, ctx)
+        accuracy = rounding(U, ctx), "gaussian" not in group["switching"] and not is_rounded(U, ctx)
         residual = residual_energy(G, U, sigma, *accuracy, whole=ctx.energy_of(G))
         if group["compensation"] == "optimal":
-            energy = ctx.energy_of(G) - column_energy(sigma) if gaussian else residual
             c, state["p"], state["phi"] = optimal_compensation(
-                energy, residual, m - r, state["p"], state["phi"], group["betas"][0], gamma, eps
+                residual, m - r, state["p"], state["phi"], group["betas"][0], gamma, eps
             )
-            return with_residual(U, omega, G, sigma, alpha_c * c)
+            return with_residual(U, omega, G, sigma, alpha_c * c)  # C = (G - U sigma) Diag(c)
         s = fira_scaling(sigma, omega, eps)
         if group["compensation"] == "fira":
             norm = (residual * s.square().squeeze(-2)).sum(-1).sqrt()  # of S = (G - U sigma) Diag(s)

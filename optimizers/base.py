@@ -27,8 +27,9 @@ from .sharding import Owners, check_share, is_sharded, local, parameter_names, s
 ADAM_GROUP: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "state_dtype": None}
 
 PRODUCTS = ("float32", "bfloat16")  # what matrix products are computed from, where it is an option
-STATE_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
+STATE_DTYPES = (None, "bfloat16", "float32", "float64")  # no float16: squares of gradients leave its range
 
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with fused Adam
 # Where matrices of one shape are stacked and updated together. On the CPU one at a time is fastest: its products
 # are large enough by themselves, and stacking costs copies.
 BATCHED_DEVICES = {"cuda", "xpu"}
@@ -139,7 +140,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         as_stored: names of states that ``direction`` gets in bfloat16 where they are kept and products are computed in it:
             it multiplies with them, or changes them by operations that compute in float32 and round once.
         full_precision: names of states that are always float32 (float64 for float64 parameters); the others have
-            ``group["state_dtype"]``, None meaning the parameter's.
+            ``group["state_dtype"]``, None meaning the parameter's (float32 for float16).
     """
 
     orient = True
@@ -235,7 +236,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # Groups ---------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        group = dict(param_group)  # torch writes defaults into what it is given; two optimizers may share groups
+        count = len(self.param_groups)
+        try:
+            self._add_param_group(dict(param_group))  # torch writes defaults into it; two optimizers may share groups
+        except ValueError:
+            del self.param_groups[count:]  # refused: as if it had never been given
+            raise
+
+    def _add_param_group(self, group: dict[str, Any]) -> None:
         if group.get("adam"):
             if group.get("lr") is None:
                 group["lr"] = self.defaults["lr"]
@@ -243,7 +251,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             added = self.param_groups[-1]
             for key in self.defaults.keys() - group.keys() - ADAM_GROUP.keys():
                 del added[key]
-            check(added, "lr", lambda x: x >= 0, "a number that is not negative")
+            for key in ("lr", "eps", "weight_decay"):
+                check(added, key, lambda x: x >= 0, "a number that is not negative")
+            check(added, "betas", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)")
+            self._check_real(added)
         else:
             super().add_param_group({"adam": False, **group})
             added = self.param_groups[-1]
@@ -259,6 +270,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _check_matrices(self, group: dict[str, Any]) -> None:
         self.check_group(group)
+        self._check_real(group)
         if any(map(is_sharded, group["params"])):
             shard(self)
         for name, p in zip(self._names(group), group["params"], strict=True):
@@ -267,11 +279,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{name} has shape {list(p.shape)}, and {type(self).__name__} updates matrices only; "
                     "put it in a group with adam=True, as optimizers.partition does"
                 )
-            if not p.is_floating_point():
-                raise ValueError(f"{name} has dtype {p.dtype}; freeze it or convert it to a floating-point dtype")
+            if not p.numel():
+                raise ValueError(f"{name} {list(p.shape)} has no entries; leave it out")
             if is_sharded(p):
                 sharded_dim(p)
             self.check_matrix(name, self._oriented(p, group), group)
+
+    def _check_real(self, group: dict[str, Any]) -> None:
+        for name, p in zip(self._names(group), group["params"], strict=True):
+            if not p.is_floating_point() and (p.requires_grad or not group["adam"]):
+                raise ValueError(f"{name} has dtype {p.dtype}; freeze it or convert it to a floating-point dtype")
 
     def _names(self, group: dict[str, Any]) -> list[str]:
         return parameter_names(self.param_groups, group)
@@ -318,6 +335,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             else:
                 for params, ctx in self._batches(group):
                     self._matrix_step(params, group, ctx)
+                    for p in params:  # not before: a refresh that fails would otherwise be left out, not made again
+                        self.state[p]["step"] = ctx.step
         self._estimates = {}
         return loss
 
@@ -345,7 +364,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._estimates = estimates
 
     def _refuse_sparse(self) -> None:
-        """Before any state of this rank changes: a step that ended half-way would leave clocks ahead of their bases."""
+        """Before any state of this rank changes: a step that ended half-way would have updated some matrices only."""
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse:
@@ -372,7 +391,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return True
 
     def _batches(self, group: dict[str, Any]) -> Iterator[tuple[list[Tensor], Context]]:
-        """Parameters that can be updated by the same tensor operations, with their step advanced."""
+        """Parameters that can be updated by the same tensor operations, and the step that they are at."""
         batches: dict[Any, tuple[list[Tensor], list[str]]] = {}
         for name, p in zip(self._names(group), group["params"], strict=True):
             if p.grad is None:
@@ -380,7 +399,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 self._init(p, group)
-            state["step"] += 1
             alone = p.device.type not in BATCHED_DEVICES
             key = len(batches) if alone else (p.shape, p.dtype, p.device, state["step"])
             params, names = batches.setdefault(key, ([], []))
@@ -389,21 +407,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rounding = matmul_rounding()
         for params, names in batches.values():
             per_chunk = max(1, CHUNK_ENTRIES // params[0].numel())
-            step = self.state[params[0]]["step"]
+            step = self.state[params[0]]["step"] + 1
             transposed = self._is_turned(params[0], group)
             for i in range(0, len(params), per_chunk):
                 chunk = slice(i, i + per_chunk)
-                stored = stored_dtype(params[0], group)
+                seed, stored = group.get("seed", 0), self._stored_dtype(params[0], group)
                 yield (
                     params[chunk],
-                    Context(
-                        step,
-                        tuple(names[chunk]),
-                        transposed,
-                        group.get("seed", 0),
-                        stored=stored,
-                        rounding=rounding,
-                    ),
+                    Context(step, tuple(names[chunk]), transposed, seed, stored=stored, rounding=rounding),
                 )
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any], ctx: Context) -> None:
@@ -479,6 +490,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     state[name], state[f"{name}_absmax"] = new_codes(state[name].shape, self.moments[name])
         return {"step": 0, **state}
 
+    def _stored_dtype(self, p: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Of the states of ``p`` as they are: those of a loaded state dict stay in the dtype that they were saved in."""
+        rest = self.full_precision | {f"{name}_absmax" for name in self.moments}
+        states = (x for name, x in self.state[p].items() if isinstance(x, Tensor) and name not in rest)
+        return next((x.dtype for x in states if x.is_floating_point()), stored_dtype(p, group))
+
     def _gather(
         self, params: list[Tensor], dtype: torch.dtype, kept: frozenset[str] = frozenset()
     ) -> dict[str, Tensor]:
@@ -520,14 +537,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
             stored = [local(x) for x in (*some, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))]
             working = [x.to(wide) for x in stored]
             n = len(some)
+            grads = [local(p.grad).to(wide) for p in some]
+            fused = all(p.device.type in FUSED for p in some)
             functional_adam(
                 working[:n],
-                [local(p.grad).to(wide) for p in some],
+                grads,
                 working[n : 2 * n],
                 working[2 * n :],
                 [],
                 [s["step"] for s in states],
-                fused=all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in some),
+                fused=fused and all(map(laid_alike, working[:n], grads, working[n : 2 * n], working[2 * n :])),
                 decoupled_weight_decay=True,
                 amsgrad=False,
                 beta1=beta1,
@@ -615,6 +634,13 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
             p.copy_(wide)
 
 
+def laid_alike(p: Tensor, *others: Tensor) -> bool:
+    """Do all fill memory without gaps, in the same order? torch's fused kernels take that for granted."""
+    wide = [i for i, size in enumerate(p.shape) if size > 1]  # the stride of a side of 1 means nothing
+    dense = 1 + sum((p.shape[i] - 1) * p.stride(i) for i in wide) == p.numel()
+    return dense and all(x.stride(i) == p.stride(i) for x in others for i in wide)
+
+
 def laid_like(x: Tensor, turned: Tensor) -> Tensor:
     """``x`` in the memory layout of ``turned``, a transposed view, if their shapes agree.
 
@@ -645,7 +671,8 @@ def compute_dtype(p: Tensor) -> torch.dtype:
 def stored_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     """Of the states of ``p`` that are not of full precision; with 8-bit codes, of those that are not coded."""
     named = group.get("state_dtype")
-    return getattr(torch, named) if named and named != "8bit" else p.dtype
+    own = torch.float32 if p.dtype == torch.float16 else p.dtype  # squares of gradients leave the range of float16
+    return getattr(torch, named) if named and named != "8bit" else own
 
 
 def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

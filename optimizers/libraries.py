@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import MatrixOptimizer
+from .base import FUSED, MatrixOptimizer, laid_alike
 from .combined import Combined
 from .sharding import is_sharded
 
@@ -107,9 +107,20 @@ def adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         if group.pop("state_dtype", None) is not None:
             raise ValueError("torch's Adam keeps its moments in the parameter's dtype; leave adam_state_dtype out")
         group["lr"] = lr if group.get("lr") is None else group["lr"]
-    devices = {p.device.type for group in groups for _, p in group["params"]}
-    fused = devices <= {"cpu", "cuda", "mps", "xpu"}
-    return torch.optim.AdamW(groups, **{"weight_decay": 0.0, "lr": lr, **options}, fused=fused)
+    params = [p for group in groups for _, p in group["params"]]
+    fused = all(p.device.type in FUSED and (is_sharded(p) or laid_alike(p)) for p in params)
+    optimizer = torch.optim.AdamW(groups, **{"weight_decay": 0.0, "lr": lr, **options}, fused=fused)
+    if fused:
+        optimizer.register_step_pre_hook(_lay_gradients)
+    return optimizer
+
+
+def _lay_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused kernels take for granted that a gradient lies in memory as its parameter does."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and not (is_sharded(p) or p.grad.is_sparse or laid_alike(p, p.grad)):
+                p.grad = torch.empty_like(p).copy_(p.grad)
 
 
 def adam_mini(groups: list[dict[str, Any]], model: nn.Module, lr: float | Tensor, **options: Any) -> Combined:

@@ -135,7 +135,6 @@ def with_residual(U: Tensor, inner: Tensor, G: Tensor, sigma: Tensor, columns: T
 
 
 def optimal_compensation(
-    energy: Tensor,
     residual: Tensor,
     dimension: int,
     p: Tensor,
@@ -149,15 +148,15 @@ def optimal_compensation(
     eta C = (G - U sigma) Diag(c), so ||C|| follows from the norms of the columns of the residual.
 
     Args:
-        energy: [B, n], what p averages: ||g_i||^2 - ||sigma_i||^2 as printed.
-        residual: [B, n], ||g_i - U sigma_i||^2: the same if U is orthonormal.
+        residual: [B, n], ||g_i - U sigma_i||^2, what p averages: ||g_i||^2 - ||sigma_i||^2 as printed, for orthonormal U. Of
+            one that is not, the printed difference can be negative.
         dimension: m - r.
 
     Returns:
         c [B, 1, n], p and phi.
     """
-    p = p.lerp(energy, 1 - beta)
-    D = math.sqrt(dimension) / p.clamp_min(0).sqrt().add_(eps)
+    p = p.lerp(residual, 1 - beta)
+    D = math.sqrt(dimension) / p.sqrt().add_(eps)
     eta, phi = growth_limit((residual * D.square()).sum(-1).sqrt(), phi, gamma)
     return D.unsqueeze(-2) * eta, p, phi
 

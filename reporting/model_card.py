@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from . import units
-from .records import Run, load_run, lookup
+from .records import C4, Run, dataset_of, load_run, lookup
 
 _PAPER = "https://arxiv.org/abs/2502.07752"
 
@@ -39,19 +39,14 @@ def _front_matter(run: Run) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "language": ["en"],
         "tags": ["llama", "pretraining", "optimizer", run.optimizer.replace("_", "-"), "arxiv:2502.07752"],
     }
-    dataset = _hub_dataset(run)
-    if dataset:
+    if dataset := dataset_of(run):
         front["datasets"] = [dataset]
+    if dataset == C4 or run.setting("data.kind") == "sample":  # of other text the record does not tell the language
+        front["language"] = ["en"]
     # No licence key: the terms of the weights follow from the data, which this record does not decide.
     return front
-
-
-def _hub_dataset(run: Run) -> str | None:
-    kind = run.setting("data.kind")
-    return "allenai/c4" if kind == "c4_local" else run.data if kind == "hub" else None
 
 
 def _body(run: Run, summary: dict[str, Any]) -> str:

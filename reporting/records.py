@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 
 TRAIN_KEYS = ("step", "loss", "lr", "adam_lr", "tokens", "tokens_per_second", "optimizer_ms", "grad_norm")
 EVAL_KEYS = ("step", "loss", "perplexity", "tokens")
+
+C4 = "allenai/c4"
+_C4_FILE = re.compile(r"c4-(?:train\.\d{5}-of-01024|validation\.\d{5}-of-00008)\.json\.gz")  # as many as the Hub has
 
 # What makes up a record: small enough to commit. Checkpoints, the model and pictures can be made again from the rest.
 RECORD_FILES = (
@@ -105,6 +109,21 @@ def lookup(tree: Any, key: str, default: Any = None) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return default if tree is None else tree
+
+
+def dataset_of(run: Run, split: str = "train") -> str | None:
+    """The data set on the Hub that a run read for `split`, as far as its record tells; None for other text.
+
+    data=c4_local names a layout that any text can have: its record tells by the manifest of scripts/fetch_c4.py, or by
+    the file names of the whole C4, whether it is that. Prepared data carries what it was made from.
+    """
+    source = lookup(run.environment, f"data.{split}", {})
+    repository, name = source.get("repository"), source.get("name", run.data)
+    if repository is not None:
+        return str(repository)
+    if _C4_FILE.fullmatch(str(source.get("first_file", "")).rpartition("/")[2]):
+        return C4
+    return str(name) if run.setting("data.kind") == "hub" or name == C4 else None
 
 
 def load_run(path: str | Path) -> Run:

@@ -30,8 +30,8 @@ from sweeps import Plan, Sweep, load_plan  # noqa: E402
 PLANS = ROOT / "configs" / "sweep"
 AGAIN = "make it again with python scripts/fair_report.py"
 SWEEPS = (
-    "fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat", "fair_adam", "fair_constants",
-    "fair_long", "fair_rates_b95", "fair_best_b95",
+    "fair_rates", "fair_control", "fair_best", "fair_ablations", "fair_batch", "fair_repeat", "fair_again", "fair_adam",
+    "fair_constants", "fair_long", "fair_rates_b95", "fair_best_b95",
 )  # fmt: skip
 
 

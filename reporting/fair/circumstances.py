@@ -22,6 +22,7 @@ WHAT = {
     "fair_ablations": "ablations",
     "fair_batch": "batch size",
     "fair_repeat": "the same run twice",
+    "fair_again": "the same run by later code",
     "fair_adam": "Adam's averages",
     "fair_constants": "constants",
     "fair_long": "longer runs",

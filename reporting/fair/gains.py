@@ -120,13 +120,21 @@ def batch_runs(fair: Fair, model: str, method: str, tokens: str) -> tuple[list[R
     return runs, sum(len(fair.asked("fair_batch", model, name)) for name in names)
 
 
+def unchanged(fair: Fair, model: str, method: str) -> Run | None:
+    """The run of one seed that a variant is held against: the method's best pair of stage 1 once more (fair_again).
+
+    Until that has ended, stage 1's, which is the lowest of a grid and so lower than another of the same rates is likely to be.
+    """
+    return next(iter(fair.runs("fair_again", model, method)), fair.grid(model, method).best)
+
+
 def untuned_changes(
     fair: Fair, model: str, sweep: str = "fair_adam"
 ) -> list[tuple[Asked, Run | None, Run | None, float | None]]:
-    """Variants of one seed: the method's best run of stage 1, the variant's, and its loss less the best run's."""
+    """Variants of one seed: the run without the change, the variant's, and how much higher its loss is."""
     found = []
     for asked in fair.asked(sweep, model):
-        before, run = fair.grid(model, asked.optimizer).best, fair.ended.get(asked.folder)
+        before, run = unchanged(fair, model, asked.optimizer), fair.ended.get(asked.folder)
         found.append((asked, before, run, gain(run, before)))
     return found
 
@@ -134,7 +142,7 @@ def untuned_changes(
 def by_interval(fair: Fair, model: str) -> dict[str, dict[int, Run | None]]:
     """Runs of fair_constants by method or variant, then by steps between refreshes; None: asked for, not ended.
 
-    A method's first is its best run of stage 1.
+    A method's first is :func:`unchanged`.
     """
     found: dict[str, dict[int, Run | None]] = {}
     for asked in fair.asked("fair_constants", model):
@@ -142,9 +150,9 @@ def by_interval(fair: Fair, model: str) -> dict[str, dict[int, Run | None]]:
         if not name:
             continue  # a variant of another constant
         runs = found.setdefault(name, {})
-        best = fair.grid(model, name).best
-        if not runs and best is not None and (first := best.setting("optimizer.update_interval")):
-            runs[int(first)] = best
+        before = unchanged(fair, model, name)
+        if not runs and before is not None and (first := before.setting("optimizer.update_interval")):
+            runs[int(first)] = before
         runs[int(steps)] = fair.ended.get(asked.folder)
     return {name: dict(sorted(runs.items())) for name, runs in found.items()}
 

@@ -324,14 +324,23 @@ def _repeat(source: Source) -> str:
             " Where commits and numbers differ, the code of a step has become faster in between and rounds differently: "
             "that is what rounding grows to within a run, and a smaller difference between two runs means nothing."
         )
+    text += (
+        " Stage 1's run is the lowest of a grid by this one seed, so the other is more likely above it than below, and "
+        "what [was not tuned](#what-was-not-tuned) and [constants](#steps-between-refreshes-and-other-constants) are held "
+        "against the second."
+    )
     return source.part("fair_repeat", text, repeat(fair, source.out))
+
+
+# What a change at one seed is held against; see gains.unchanged.
+_ONCE_MORE = "[run once more](#the-same-run-twice) by the same code; until that has ended, stage 1's"
 
 
 def _untuned(source: Source) -> str:
     return source.part(
         "fair_adam",
         f"{_budget(source.fair, 'fair_adam')} Adam's averages and SOAP's published interval, at the best pair of stage 1; "
-        "difference to the method's best run there, which has the same seed: negative is better. Adam has seven tries "
+        f"difference to the run of the same seed without the change ({_ONCE_MORE}): negative is better. Adam has seven tries "
         f"here, the others one or two. For gains of more than {OWED:g} nats (bold) the rules ask for a grid and a row: those "
         "[with beta_2 = 0.95](#again-with-beta_2--095). No significance is claimed.",
         source.by_model(untuned, "fair_adam"),
@@ -343,10 +352,10 @@ def _constants(source: Source) -> str:
         "fair_constants",
         f"{_budget(source.fair, 'fair_constants')} At the best pair of stage 1, which was chosen with 12 steps between "
         "refreshes; Alice, GaLore, Fira and Apollo publish 200. Below each perplexity the loss less that of the same row with "
-        "12. A description: no significance is claimed, no rate was chosen again, no other table changes.",
+        f"12 ({_ONCE_MORE}). A description: no significance is claimed, no rate was chosen again, no other table changes.",
         source.by_model(intervals, "fair_constants"),
         _with_words(
-            "Other constants, with 12 steps; difference to the method's best run of stage 1:",
+            "Other constants, with 12 steps; difference to the run of the same seed without the change:",
             source.by_model(constants, "fair_constants"),
         ),
     )

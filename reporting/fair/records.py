@@ -461,13 +461,13 @@ def step_test(fair: Fair, model: str, step: Step) -> Welch:
 
 
 def repeats(fair: Fair, model: str) -> list[tuple[Run, Run]]:
-    """Runs of fair_repeat, each with an earlier one of the same configuration and seed.
+    """Runs of fair_repeat and fair_again, each with an earlier one of the same configuration and seed.
 
     A setting that only one of them has came with a newer version, as its default.
     """
     earlier = [*fair.runs("fair_rates", model), *fair.runs("fair_ablations", model)]
     found = []
-    for run in fair.runs("fair_repeat", model):
+    for run in (*fair.runs("fair_repeat", model), *fair.runs("fair_again", model)):
         mine = settings(run)
         alike = (
             each

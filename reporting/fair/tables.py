@@ -501,7 +501,7 @@ def _changes(
                 text,
             ]
         )
-    return markdown(["variant", "what", "stage 1", "perplexity", "difference of loss"], rows, left=2)
+    return markdown(["variant", "what", "without", "perplexity", "difference of loss"], rows, left=2)
 
 
 def longer(fair: Fair, model: str, out: Path) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from .. import units
-from ..records import Run, SafeLoader, find_runs, lookup
+from ..records import C4, Run, SafeLoader, dataset_of, find_runs, lookup
 from ..statistics import deviation
 from .cells import EXPERIMENTS, RECORDS, SIZES, Cell, Experiment
 from .numbers import RESULTS, load_paper
@@ -30,7 +31,9 @@ from .numbers import RESULTS, load_paper
 CONFIGS = RESULTS.parent / "configs"
 RUNS = RESULTS.parent / RECORDS
 
-C4 = ("allenai/c4", "c4_local")  # also what prepared data names as its source
+# T5's tokenizer, as the published code base has it: the sizes share one model, whose names on the Hub are many.
+T5 = re.compile(r"(?:google-t5/|google/)?t5-(?:small|base|large|3b|11b)")
+T5_MODEL = "9e925505c08efc3173ed8aa1d7e7e396fa47f6e4aa7aee5a5f56093ca6722a93"  # SHA-256 of its spiece.model
 VALIDATION_TOKENS = 9_900_000  # at least; the evaluation of the protocol reads 10M tokens
 
 # Columns of Tables 7 to 9 and 11 by our keys; betas are compared as a list.
@@ -54,7 +57,7 @@ _TABLES = {
     "alice_0": "table11",
 }
 _PARTS = {"optimizer.tracking": True, "optimizer.switching": "complement", "optimizer.compensation": "optimal"}
-# Changes no number, or none beyond rounding. The tokenizer's file has many names; its vocabulary is the model's.
+# Changes no number, or none beyond rounding. The tokenizer that was used is compared by itself: its file has many names.
 _SILENT = ("optimizer.log_basis", "model.attn_implementation", "model.tokenizer")
 
 
@@ -137,9 +140,15 @@ def misfits(run: Run, experiment: Experiment) -> list[str]:
             found.append(
                 f"{key.removeprefix('optimizer.').removeprefix('trainer.')} {_show(got)} instead of {_show(value)}"
             )
-    source = str(lookup(run.environment, "data.train.name", run.data))
-    if run.data not in C4 and source not in C4:
-        found.append(f"data {source} instead of C4")
+    for split in ("train", "validation"):
+        if dataset_of(run, split) != C4:
+            found.append(f"{split} data {_source(run, split)} instead of C4")
+    name, model = (lookup(run.environment, f"tokenizer.{key}") for key in ("name", "fingerprint"))
+    name = name or run.setting("tokenizer")
+    if model != T5_MODEL and not T5.fullmatch(str(name)):
+        found.append(f"tokenizer {name} instead of T5's")
+    if skipped := (run.summary or {}).get("skipped_steps"):
+        found.append(f"{skipped:,} steps without an update")
     tokens = (run.summary or {}).get("validation_tokens")
     if tokens is not None and tokens < VALIDATION_TOKENS:
         found.append(f"evaluated on {units.count(tokens)} tokens instead of 10M")
@@ -160,6 +169,7 @@ def wanted(experiment: Experiment) -> dict[str, Any]:
         "trainer.min_lr_ratio": 0.1,
         "data.length": 256,
         "data.rows": "truncate",
+        "data.protocol": "exact",
     }
     if experiment.optimizer != "adam":
         values["optimizer.last_layer"] = experiment.last_layer
@@ -219,6 +229,12 @@ def _hyper_parameters(experiment: Experiment) -> dict[str, Any]:
     if "beta1" in row:  # beta3 says nothing without tracking, which is asked for by itself
         values["optimizer.betas"] = [row["beta1"], row["beta2"]]
     return values
+
+
+def _source(run: Run, split: str) -> str:
+    """What is known of a text that is not known to be C4."""
+    name = str(lookup(run.environment, f"data.{split}.name", run.data))
+    return f"{name} (a layout, not a text: scripts/fetch_c4.py keeps where it is from)" if name == "c4_local" else name
 
 
 def _same(got: Any, value: Any) -> bool:

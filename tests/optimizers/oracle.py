@@ -245,6 +245,11 @@ class Alice(_Matrix):
 
         if self.compensation == "optimal":
             energy = np.ones(m) @ G**2 - np.ones(r) @ (U.T @ G) ** 2
+            if self.switching in (
+                "gaussian",
+                "gaussian_mix",
+            ):  # U is not orthonormal, and the difference may be negative
+                energy = np.ones(m) @ residual**2
             self.p = self.beta1 * self.p + (1 - self.beta1) * energy
             scales = 1 / (np.sqrt(np.maximum(self.p, 0)) + self.eps)
             C = np.sqrt(m - r) * residual @ np.diag(scales)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import optimizers
-from optimizers import RACS, Alice, Combined, MatrixOptimizer, create, partition
+from optimizers import RACS, Alice, Combined, MatrixOptimizer, create, libraries, partition
 from optimizers import base as base_module
 from optimizers.memory import measured_state_bytes, state_bytes
 from optimizers.muon import Muon
@@ -225,6 +225,47 @@ def test_adam_group_is_torchs_adam():
         reference.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b) == name.endswith("bias"), name
+
+
+@pytest.mark.parametrize("method", ["racs", "adam"])
+@pytest.mark.parametrize("layout", ["turned gradient", "one number for all", "turned weight", "weight with gaps"])
+def test_adam_is_right_wherever_weights_and_gradients_lie(method, layout):
+    """torch's fused kernels read memory in order, whatever the strides: 0.1 and more is wrong then, without a word."""
+    values = torch.randn(5, 12, generator=torch.Generator().manual_seed(9))
+    memory = values.clone()
+    weight = {"turned weight": memory.T.contiguous().T, "weight with gaps": memory[:, ::2]}.get(layout, memory)
+    module = nn.Module()
+    module.norm = nn.Parameter(weight)
+    theirs = nn.Parameter(weight.detach().clone().contiguous())
+    reference = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0, foreach=False, fused=False)
+    groups = [{"params": [("norm", module.norm)], "adam": True, "lr": 0.1}]
+    optimizer = RACS(groups) if method == "racs" else libraries.adam(groups)
+    for k in range(3):
+        gradient = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(k))
+        if layout == "one number for all":
+            gradient = gradient[:1, :1].expand_as(gradient)
+        theirs.grad = gradient.contiguous()
+        module.norm.grad = gradient.T.contiguous().T if layout == "turned gradient" else gradient
+        optimizer.step()
+        reference.step()
+    assert (module.norm - theirs).abs().max() < 1e-6
+    if layout == "weight with gaps":
+        assert torch.equal(memory[:, 1::2], values[:, 1::2]), "what lies between"
+
+
+def test_adam_is_right_after_loading_moments_of_another_layout():
+    p = nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(9)))
+    old = RACS([{"params": [p], "adam": True, "lr": 0.1}])
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    old.step()
+    q = nn.Parameter(p.detach().clone().to(memory_format=torch.channels_last))
+    new = RACS([{"params": [q], "adam": True, "lr": 0.1}])
+    new.load_state_dict(copy.deepcopy(old.state_dict()))
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    q.grad = p.grad.clone().to(memory_format=torch.channels_last)
+    old.step()
+    new.step()
+    assert (p - q).abs().max() < 1e-6
 
 
 def test_decay_in_the_adam_group_is_adamws():
@@ -464,6 +505,18 @@ def test_zero_and_tiny_gradients_stay_finite():
         (lambda m: create("alice", m, rank=4, leading=2, lr=-1.0), "lr = -1.0 is out of range"),
         (lambda m: create("racs", m, adam_lr=-1.0), "lr = -1.0 is out of range"),
         (lambda m: create("racs", m, beta=1.0), "beta = 1.0 is out of range"),
+        (lambda m: create("racs", m, adam_betas=(0.9, 1.0)), "betas = .* is out of range; set it to two numbers"),
+        (lambda m: create("racs", m, adam_eps=-1.0), "eps = -1.0 is out of range"),
+        (lambda m: create("racs", m, adam_weight_decay=-0.1), "weight_decay = -0.1 is out of range"),
+        (lambda m: RACS([torch.zeros(0, 5)]), r"parameter 0 \[0, 5\] has no entries; leave it out"),
+        (
+            lambda m: RACS([{"params": [nn.Parameter(torch.zeros(3, dtype=torch.cfloat))], "adam": True}]),
+            "parameter 0 has dtype torch.complex64; freeze it or convert it",
+        ),
+        (
+            lambda m: create("alice", m, rank=4, leading=2, state_dtype="float16"),
+            "state_dtype = 'float16' is not possible",
+        ),
         (lambda m: create("racs", m, limiter=0.5), "limiter = 0.5"),
         (lambda m: create("alice", m, switching="sometimes"), "one of none, complement"),
         (lambda m: create("alic", m), "choose one of adafactor, adam"),
@@ -555,6 +608,65 @@ def test_diverged_gradients_are_named_at_a_refresh():
     p.grad = torch.full((6, 9), math.nan)
     with pytest.raises(torch.linalg.LinAlgError, match="diverged"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["alice", "galore", "eigen_adam", "sophia_h"])
+def test_a_step_that_fails_is_made_again_with_its_refresh(name):
+    """A clock that had gone on would leave the refresh out, and the matrices without a basis for K steps."""
+    a, b = (nn.Parameter(torch.randn(8, 12, generator=torch.Generator().manual_seed(i))) for i in range(2))
+    build, preset = optimizers.METHODS[name]
+    options = {
+        key: x for key, x in (SMALL | {"update_interval": 50}).items() if key in inspect.signature(build).parameters
+    }
+    optimizer = build([("a", a), ("b", b)], lr=0.01, **{**preset, **options})
+    reference = [nn.Parameter(p.detach().clone()) for p in (a, b)]
+    expected = build(list(zip("ab", reference, strict=True)), lr=0.01, **{**preset, **options})
+
+    def gradients(params, k):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * k + i))
+
+    gradients((a, b), 0)
+    a.grad[0, 0] = math.nan
+    with pytest.raises((torch.linalg.LinAlgError, ValueError)):  # Sophia: its estimate is missing
+        optimizer.step()
+    assert [optimizer.state[p]["step"] for p in (a, b)] == [0, 0]
+    for k in range(3):
+        for steps, params in ((optimizer, (a, b)), (expected, reference)):
+            gradients(params, k)
+            if steps.wanted_estimate():
+                steps.update_estimate({p: torch.ones_like(p) for p in params})
+            steps.step()
+    assert torch.equal(a, reference[0]) and torch.equal(b, reference[1])
+
+
+def test_a_refused_group_is_not_there():
+    a, b = nn.Parameter(torch.zeros(8, 12)), nn.Parameter(torch.zeros(3, 5))
+    optimizer = Alice([a], **SMALL)
+    with pytest.raises(ValueError, match="rank 4 is larger"):
+        optimizer.add_param_group({"params": [b]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [b], "rank": 2})
+    a.grad, b.grad = torch.ones(8, 12), torch.ones(3, 5)
+    optimizer.step()
+    assert optimizer.state[b]["U"].shape == (3, 2)
+
+
+def test_float16_weights_have_states_that_hold_squares():
+    """Squares of 1e-4 are 0 in float16, and those of 300 infinite."""
+    for size in (1e-4, 300.0):
+        moved = []
+        for dtype in (torch.float32, torch.float16):
+            p, bias = nn.Parameter(torch.zeros(8, 12, dtype=dtype)), nn.Parameter(torch.zeros(12, dtype=dtype))
+            optimizer = Alice([{"params": [p]}, {"params": [bias], "adam": True}], lr=1e-2, **SMALL)
+            for k in range(4):
+                for x in (p, bias):
+                    x.grad = size * torch.randn(x.shape, generator=torch.Generator().manual_seed(k)).to(dtype)
+                optimizer.step()
+            assert optimizer.state[p]["v"].dtype == optimizer.state[bias]["exp_avg_sq"].dtype == torch.float32
+            moved.append([x.detach().double() for x in (p, bias)])
+        for wide, narrow in zip(*moved, strict=True):
+            assert (narrow - wide).norm() < 0.05 * wide.norm()
 
 
 def test_combined_is_the_two_optimizers():

@@ -389,7 +389,7 @@ def compensation(G, U, p, phi, eps):
     """Alice's C [1, m, n] without limiter, and p."""
     residual = G - U @ (U.mT @ G)
     energy = residual.square().sum(-2)
-    c, p, _ = low_rank.optimal_compensation(energy, energy, G.shape[-2] - U.shape[-1], p, phi, 0.9, None, eps)
+    c, p, _ = low_rank.optimal_compensation(energy, G.shape[-2] - U.shape[-1], p, phi, 0.9, None, eps)
     return residual * c, p
 
 

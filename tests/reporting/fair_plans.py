@@ -51,6 +51,12 @@ PLANS = {
         },
     },
     "fair_repeat": {"rates_from": "fair_rates", "seeds": [42], "variants": {"adam": None, "alice": None}},
+    "fair_again": {
+        "models": ["llama_tiny"],
+        "rates_from": "fair_rates",
+        "seeds": [42],
+        "variants": {"adam": None},
+    },
     "fair_adam": {
         "rates_from": "fair_rates",
         "seeds": [42],

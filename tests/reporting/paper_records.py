@@ -31,7 +31,12 @@ def write_cell(
     """
     about = EXPERIMENTS[experiment]
     steps = how.pop("steps", about.steps)
-    values = {"tokens": 131072 * steps, "validation_tokens": 10_000_000, "training_seconds": 0.01 * steps}
+    values = {
+        "skipped_steps": 0,
+        "tokens": 131072 * steps,
+        "validation_tokens": 10_000_000,
+        "training_seconds": 0.01 * steps,
+    }
     folder = write_run(
         root / experiment / f"s{seed}",
         about.optimizer,
@@ -42,6 +47,7 @@ def write_cell(
         log_every=500,
         data=data,
         kind="hub",
+        tokenizer="t5-base",
         summary=values | (summary or {}),
         **how,
     )

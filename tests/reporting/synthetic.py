@@ -28,6 +28,7 @@ def write_run(
     data: str = "sample",
     kind: str = "sample",
     wobble: float = 0.05,
+    tokenizer: str = "sample_1k",
 ) -> Path:
     """A record whose loss falls from ln(1024) to ln(perplexity); `diverged` is the step of a non-finite loss."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def write_run(
         "experiment_name": "quickstart",
         "recipe": f"{optimizer}-llama_tiny",
         "seed": seed,
-        "tokenizer": "sample_1k",
+        "tokenizer": tokenizer,
         "model": {"name": "llama_tiny", "hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 1024},
         "optimizer": {"name": optimizer, "lr": lr, "adam_lr": adam_lr, "betas": [0.9, 0.9, 0.999], "rank": 64},
         "data": {"kind": kind, "name": data, "rows": "truncate"},
@@ -49,8 +50,10 @@ def write_run(
         "command": "train.py experiment=quickstart optimizer=alice",
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
         "hardware": {"device": "cpu", "cpu": "An Example CPU | 2 GHz", "cores": 2, "threads": 2},
-        "data": {"train": {"name": data, "files": 4, "path": "/home/somebody/texts"}},
-        "tokenizer": {"name": "sample_1k", "fingerprint": "f1f2f3"},
+        "data": {
+            split: {"name": data, "files": 4, "path": "/home/somebody/texts"} for split in ("train", "validation")
+        },
+        "tokenizer": {"name": tokenizer, "fingerprint": "f1f2f3"},
     }
     first, last = math.log(1024), math.log(perplexity)
 

@@ -442,7 +442,11 @@ def test_another_task_stands_beside_both_stages(fair, whole, tmp_path):
 
 
 def test_repetitions_are_paired_by_configuration_and_seed(fair, whole):
-    assert [run.optimizer for _, run in repeats(fair, TINY)] == ["adam", "alice"]
+    assert [run.path.parts[-3:] for _, run in repeats(fair, TINY)] == [
+        ("fair_repeat", TINY, "adam-s42"),
+        ("fair_repeat", TINY, "alice-s42"),
+        ("fair_again", TINY, "adam-s42"),
+    ]
     assert all(first.path.parent.parent.name == "fair_rates" for first, _ in repeats(fair, TINY))
     fair = changed(fair, "fair_repeat/llama_tiny/alice-s42", perplexity=50.5)
     table = repeat(fair, whole).splitlines()
@@ -453,6 +457,7 @@ def test_repetitions_are_paired_by_configuration_and_seed(fair, whole):
 def test_a_repetition_by_another_version_is_paired_and_says_so(fair, whole):
     """A setting that one of the two does not have came with the newer version."""
     folder = "fair_repeat/llama_tiny/alice-s42"
+    fair = without(fair, "fair_again/*")
     again = fair.ended[folder]
     newer = replace(
         again,
@@ -479,6 +484,13 @@ def test_what_was_not_tuned_is_held_against_stage_1_and_longer_runs_are_listed(f
     assert owed(fair) == [(TINY, "adam")]
     assert "Owed by the rules, because other averages of Adam gained more than 0.02 nats" in " ".join(answer(fair))
     assert "**Not complete**" in " ".join(answer(fair))
+    once_more = changed(
+        fair, "fair_again/llama_tiny/adam-s42", perplexity=62.0
+    )  # which is what a change is held against
+    row = cells(untuned(once_more, TINY, whole), "`adam_b95`")
+    assert row[2:] == ["62.00", "57.00", f"**{math.log(57 / 62):+.4f}**"]
+    row = cells(untuned(without(once_more, "fair_again/*"), TINY, whole), "`adam_b95`")
+    assert row[2:] == ["60.00", "57.00", f"**{math.log(57 / 60):+.4f}**"]
     other = changed(fair, "fair_adam/llama_tiny/adam_b95-s42", perplexity=59.0)  # 0.017 nats
     assert cells(untuned(other, TINY, whole), "`adam_b95`")[4] == f"{math.log(59 / 60):+.4f}" and not owed(other)
     assert cells(untuned(without(fair, "fair_adam/*"), TINY, whole), "`adam_b95`")[3:] == ["not run", "–"]
@@ -507,6 +519,10 @@ def test_steps_between_refreshes_are_held_against_the_same_row_and_named_in_the_
     assert f"(in the paper by {math.log(25.11 / 26.96):+.2f} with 200): on `llama_tiny` {brought};" in text
     assert cells(constants(fair, TINY, whole), "`alice_b3_98`")[2:] == ["50.00", "50.00", "+0.0000"]
     assert "alice_k200" not in constants(fair, TINY, whole)
+    assert "differed by up to" not in text, "the repetitions are equal"
+    again = changed(fair, "fair_repeat/llama_tiny/alice-s42", perplexity=49.5)
+    again = changed(again, "fair_again/llama_tiny/adam-s42", perplexity=61.0)
+    assert f"differed by up to {math.log(61 / 60):.3f} (Adam on `llama_tiny`)" in " ".join(answer(again))
     lost = changed(fair, "fair_constants/llama_tiny/alice_k50-s42", perplexity=math.inf)
     lost = changed(lost, "fair_constants/llama_tiny/nothing_k200-s42", perplexity=math.inf)
     text = " ".join(answer(lost))
@@ -607,7 +623,15 @@ def test_commits_are_listed_by_part(fair, whole):
     other = replace(run, environment={**run.environment, "commit": "0123456789abcdef"})
     text = made(Fair(fair.plans, {**fair.ended, "fair_repeat/llama_tiny/alice-s42": other}))
     lines = {name: line for line in text.splitlines() for name in re.findall("^- Commits, ([^:]*):", line)}
-    asked = ["stage 1", "control", "stage 2", "ablations", "batch size", "the same run twice"]
+    asked = [
+        "stage 1",
+        "control",
+        "stage 2",
+        "ablations",
+        "batch size",
+        "the same run twice",
+        "the same run by later code",
+    ]
     again = [f"stage {number} with beta_2 = 0.95" for number in (1, 2)]
     assert list(lines) == [*asked, "Adam's averages", "constants", "longer runs", *again]
     assert [name for name, line in lines.items() if "0123456789" in line] == ["the same run twice"]

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -53,12 +54,13 @@ def test_the_front_matter_is_what_the_hub_reads(run):
     assert card.data.datasets is None and card.data.license is None
     front = yaml.safe_load((run / "model" / "README.md").read_text().split("---\n")[1])
     assert front["pipeline_tag"] == "text-generation"
+    assert front["language"] == ["en"]  # the embedded text
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "dataset"),
     [
-        ("c4_local", "c4_local", ["allenai/c4"]),
+        ("c4_local", "c4_local", None),  # a layout, which any text can have
         ("hub", "allenai/c4", ["allenai/c4"]),
         ("hub", "roneneldan/TinyStories", ["roneneldan/TinyStories"]),
         ("text", "text", None),
@@ -67,6 +69,27 @@ def test_the_front_matter_is_what_the_hub_reads(run):
 def test_data_of_the_hub_is_linked(tmp_path, kind, name, dataset):
     folder = write_run(tmp_path / "run", steps=2, kind=kind, data=name)
     (folder / "model").mkdir()
+    data = ModelCard(write_model_card(folder).read_text()).data
+    assert data.datasets == dataset
+    assert data.language == (["en"] if name == "allenai/c4" else None)
+
+
+@pytest.mark.parametrize(
+    ("source", "dataset"),
+    [
+        ({"repository": "allenai/c4", "revision": "1588ec4"}, ["allenai/c4"]),  # by the manifest of scripts/fetch_c4.py
+        ({"repository": "somebody/texts"}, ["somebody/texts"]),
+        ({"first_file": "c4-train.00017-of-01024.json.gz"}, ["allenai/c4"]),
+        ({"first_file": "c4-train.00000-of-00002.json.gz"}, None),
+        ({"first_file": "wiki-train.00000-of-01024.json.gz"}, None),
+    ],
+)
+def test_local_text_is_c4_where_its_record_tells(tmp_path, source, dataset):
+    folder = write_run(tmp_path / "run", steps=2, kind="c4_local", data="c4_local")
+    (folder / "model").mkdir()
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["data"]["train"] |= source
+    (folder / "environment.json").write_text(json.dumps(environment))
     assert ModelCard(write_model_card(folder).read_text()).data.datasets == dataset
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,48 @@ def test_prepared_c4_is_c4(tmp_path: Path) -> None:
     assert misfits(load_run(folder), EXPERIMENTS[ALICE]) == []  # environment.json names the source: allenai/c4
     environment = (folder / "environment.json").read_text().replace("allenai/c4", "wikipedia")
     (folder / "environment.json").write_text(environment)
-    assert misfits(load_run(folder), EXPERIMENTS[ALICE]) == ["data wikipedia instead of C4"]
+    reasons = [f"{split} data wikipedia instead of C4" for split in ("train", "validation")]
+    assert misfits(load_run(folder), EXPERIMENTS[ALICE]) == reasons
+
+
+def test_a_local_copy_counts_where_its_record_tells_that_it_is_c4(tmp_path: Path) -> None:
+    """data=c4_local names a layout of files, which any text can have."""
+    folder = write_cell(tmp_path, ALICE, settings={"data.name": "c4_local", "data.kind": "c4_local"})
+    environment = json.loads((folder / "environment.json").read_text())
+
+    def reasons(**train: str) -> list[str]:
+        sources = {"train": {"name": "c4_local", **train}, "validation": {"repository": "allenai/c4"}}
+        (folder / "environment.json").write_text(json.dumps({**environment, "data": sources}))
+        return misfits(load_run(folder), EXPERIMENTS[ALICE])
+
+    assert reasons(repository="allenai/c4") == reasons(first_file="c4-train.00000-of-01024.json.gz") == []
+    [reason] = reasons(first_file="wiki-train.00000-of-00008.json.gz")
+    assert reason.startswith("train data c4_local (a layout, not a text") and "fetch_c4.py" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint", "fits"),
+    [
+        ("t5-base", "f1f2f3", True),
+        ("google-t5/t5-small", "f1f2f3", True),
+        ("spiece.model", "9e925505c08efc3173ed8aa1d7e7e396fa47f6e4aa7aee5a5f56093ca6722a93", True),
+        ("spiece.model", "f1f2f3", False),
+        ("meta-llama/Llama-2-7b-hf", "f1f2f3", False),
+    ],
+)
+def test_perplexities_of_other_tokenizers_do_not_count(tmp_path: Path, name: str, fingerprint: str, fits: bool) -> None:
+    folder = write_cell(tmp_path, ALICE)
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["tokenizer"] = {"name": name, "fingerprint": fingerprint}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    assert misfits(load_run(folder), EXPERIMENTS[ALICE]) == ([] if fits else [f"tokenizer {name} instead of T5's"])
+
+
+def test_a_run_with_skipped_steps_or_the_published_loader_does_not_count(tmp_path: Path) -> None:
+    run = load_run(write_cell(tmp_path / "a", ALICE, summary={"skipped_steps": 2}))
+    assert misfits(run, EXPERIMENTS[ALICE]) == ["2 steps without an update"]
+    run = load_run(write_cell(tmp_path / "b", ALICE, settings={"data.protocol": "published"}))
+    assert misfits(run, EXPERIMENTS[ALICE]) == ["data.protocol published instead of exact"]
 
 
 def test_table_4_takes_the_evaluations_of_a_run_that_is_going_on(tmp_path: Path) -> None:

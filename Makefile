@@ -36,12 +36,10 @@ help:
 	@echo 'make setup     only the installation that the others begin with          2 to 10 minutes, once'
 	@echo 'make lint      ruff and mypy                                             1 minute'
 	@echo 'make wheel     the optimizers alone, as dist/racs_alice-*.whl            10 seconds'
-	@echo 'make sample    rebuild the embedded text and tokenizers byte for byte    2 minutes, downloads 1 MB'
-	@echo 'make clean     remove caches and build products; keeps .venv and runs'
 	@echo
 	@echo 'The first of them installs into .venv (log: .venv/setup.log). Download: about 3 GB on Linux, because PyPI'"'"'s torch'
 	@echo 'comes with CUDA; 0.6 GB on macOS, or with a CPU build of torch: PIP_ARGS="--index-url <index of CPU builds>".'
-	@echo 'After that nothing is downloaded, except by "make sample".'
+	@echo 'After that nothing is downloaded.'
 	@echo
 	@echo 'ARGS="optimizer=racs"  more arguments for train, test, compare    PYTHON=python3.12  another Python, 3.11 to 3.13'
 	@echo 'SYSTEM=1               use the python3 that is there with its packages, install nothing'
@@ -73,7 +71,7 @@ bench:
 tables:
 	$(SETUP)
 	@$(RUN) scripts/tables.py $(ARGS)
-	@$(RUN) scripts/fair_report.py $(ARGS)
+	@$(RUN) scripts/fair_report.py $(filter --check,$(ARGS))
 
 fisher:
 	$(SETUP)

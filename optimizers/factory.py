@@ -100,6 +100,8 @@ def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer
         raise ValueError(f"no optimizer is called {name!r}; choose one of {', '.join(sorted(METHODS))}")
     build, preset = METHODS[name]
     asked = set(options)
+    if build is libraries.adam:  # one Adam for every parameter, unless something else is said of the Adam group
+        options = {f"adam_{key}": options[key] for key in ("betas", "eps") if key in options} | options
     groups = partition(model, **{key: options.pop(key) for key in _PARTITION if key in options})
     if build is libraries.adam_mini:  # whose blocks follow the model's heads, and which is the Adam of all groups
         options["model"] = model

@@ -38,7 +38,7 @@ PREFIX = "step-"
 SUMS = "SHA256SUMS"
 VISIBLE_SECONDS = 30.0  # that a folder may take to be seen by other nodes
 STATE = "state.json"
-FREE = ("lr", "adam_lr", "weight_decay", "log_basis", "products")  # options that a later run may change
+FREE = ("lr", "adam_lr", "weight_decay", "log_basis")  # options that a later run may change
 SET_ANEW = (*FREE, "initial_lr")  # of a parameter group: not restored
 
 

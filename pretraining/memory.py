@@ -5,8 +5,7 @@
     largest_micro_batch(24 * 2**30, shape, "alice")           rows that fit, or 0
 
 Formulas and how well they fit what was measured: docs/memory.md. Everything is for one GPU and for the trainer as it is:
-`transformers`' LLaMA with scaled-dot-product attention, no recomputation, logits of all positions at once
-(trainer.loss=full: the default, chunked, needs less, so that more rows may fit than is said here).
+`transformers`' LLaMA with scaled-dot-product attention, no recomputation.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from data.errors import UserError
 from optimizers.base import CHUNK_ENTRIES
 from optimizers.memory import RANKS, llama, make, state_bytes
 
+from .loss import CHUNK_TOKENS
 from .model import weight_dtype
 
 PRECISIONS = ("bf16", "bf16_mixed", "fp32")
@@ -58,7 +58,7 @@ class Footprint:
         weights, states: of all parameters and of the optimizer.
         gradients: of all parameters; layer-wise, of the largest one.
         activations: kept for the backward pass, autocast's bfloat16 copies of the weights included, without the loss.
-        loss: logits and what the loss makes of them, or the largest gradient on its way, whichever is more.
+        loss: logits and what the loss makes of them, or the last layer's gradient on its way, whichever is more.
         update: temporary memory of the optimizer's step.
         layerwise: gradients are freed inside the backward pass, each as soon as its parameter is updated.
     """
@@ -89,8 +89,12 @@ def footprint(
     last_layer: str = "adam",
     rank: int | None = None,
     layerwise: bool = False,
+    loss: str = "chunked",
 ) -> Footprint:
     """Memory of a step of ``rows`` rows of ``length`` tokens for each forward pass, with accumulation.
+
+    Args:
+        loss: trainer.loss, full or chunked.
 
     Raises:
         UserError: an optimizer whose step was not measured.
@@ -114,7 +118,7 @@ def footprint(
         gradients=max(sizes) if layerwise else sum(sizes),
         states=sum(state_bytes(built)),
         activations=activation_bytes(shape, rows, length, precision),
-        loss=loss_bytes(shape, rows, length, precision),
+        loss=loss_bytes(shape, rows, length, precision, loss),
         update=STEP_COPIES[optimizer] * 4 * max(per_call),
         layerwise=layerwise,
     )
@@ -134,18 +138,20 @@ def activation_bytes(shape: Mapping[str, Any], rows: int, length: int, precision
     return rows * length * (token + 8) + rotary + (2 * linear_weights(shape) if mixed else 0)
 
 
-def loss_bytes(shape: Mapping[str, Any], rows: int, length: int, precision: str) -> int:
-    """The most that logits, loss and their gradients take at once, beside the activations.
-
-    Three float32 tensors of the size of the logits lie beside them when the loss ends and when its gradient begins.
-    With few rows the gradient of the output layer, not yet added to the others, is larger.
-    """
-    h, vocabulary = shape["hidden_size"], shape["vocab_size"]
+def loss_bytes(shape: Mapping[str, Any], rows: int, length: int, precision: str, loss: str = "chunked") -> int:
+    """The most that logits, loss and their gradients take at once, beside the activations."""
+    h, vocabulary, tokens = shape["hidden_size"], shape["vocab_size"], rows * length
     b = 4 if precision == "fp32" else 2
-    logits = b * rows * length * vocabulary
-    widened = 12 * rows * length * vocabulary
-    gradient = weight_dtype(precision).itemsize * h * vocabulary
-    return max(logits + widened, 2 * logits + gradient)
+    gradient = weight_dtype(precision).itemsize * h * vocabulary  # of the output layer, not yet added to the others
+    if loss == "full":  # three float32 tensors lie beside the logits, when the loss ends and when its gradient begins
+        logits = b * tokens * vocabulary
+        return max(logits + 12 * tokens * vocabulary, 2 * logits + gradient)
+    # Logits of a part of the tokens, widened, and their logarithms; the weight's sum in float32 and what a part adds to it;
+    # of the tokens, the last layer's inputs that have a target, as they are and as they are multiplied, and their gradient.
+    kept, wide = 2 if precision == "bf16" else 4, 4 * h * vocabulary
+    part = min(tokens, CHUNK_TOKENS["cuda"]) * vocabulary * (8 if b == 4 else b + 8)
+    forward = part + wide + (b * h * vocabulary if b < 4 else 0) + tokens * h * (kept + b + (b if kept > b else 0))
+    return max(forward, wide + gradient + tokens * h * (b + 2 * kept))
 
 
 def linear_weights(shape: Mapping[str, Any]) -> int:
@@ -166,20 +172,23 @@ def largest_micro_batch(
     *,
     precision: str = "bf16",
     length: int = LENGTH,
+    loss: str = "chunked",
     **options: Any,
 ) -> int:
     """The largest power of two of rows, at most the paper's batch, whose footprint fits; 0 if one row does not."""
-    need = footprint(shape, optimizer, precision=precision, length=length, **options)
+    need = footprint(shape, optimizer, precision=precision, length=length, loss=loss, **options)
     rows = MOST_ROWS
-    while rows and with_rows(need, shape, rows, length, precision).peak > usable(gpu_bytes):
+    while rows and with_rows(need, shape, rows, length, precision, loss).peak > usable(gpu_bytes):
         rows //= 2
     return rows
 
 
-def with_rows(need: Footprint, shape: Mapping[str, Any], rows: int, length: int, precision: str) -> Footprint:
+def with_rows(
+    need: Footprint, shape: Mapping[str, Any], rows: int, length: int, precision: str, loss: str = "chunked"
+) -> Footprint:
     """The same for another micro-batch."""
     return replace(
         need,
         activations=activation_bytes(shape, rows, length, precision),
-        loss=loss_bytes(shape, rows, length, precision),
+        loss=loss_bytes(shape, rows, length, precision, loss),
     )

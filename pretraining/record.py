@@ -37,7 +37,6 @@ INDIFFERENT = (
     "eval.batch_size",
     "model.attn_implementation",
     "optimizer.log_basis",
-    "optimizer.products",
     "trainer.compile",
     "trainer.compile_optimizer",
     "trainer.device",

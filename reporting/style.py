@@ -9,6 +9,7 @@ matplotlib is imported only when something is drawn.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,15 +130,41 @@ def even_ticks(axis: Any, low: float, high: float, most: int = 9) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:.4g}")
 
 
+def content(figure: Figure) -> str:
+    """A digest of what a figure shows, to five digits: its words, and the numbers of its lines, bars and points.
+
+    Look, size and place on the page do not count, so that another version of matplotlib gives the same. A saved picture
+    holds it, see :func:`shows`.
+    """
+    words, numbers = [figure.get_suptitle(), *(text.get_text() for text in figure.texts)], []
+    for axes in figure.axes:
+        words += [axes.get_title("left"), axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
+        words += [text.get_text() for text in axes.texts]
+        numbers += [line.get_xydata() for line in axes.lines]
+        numbers += [patch.get_path().transformed(patch.get_patch_transform()).vertices for patch in axes.patches]
+        for drawn in axes.collections:
+            numbers += [drawn.get_offsets(), *(path.vertices for path in drawn.get_paths())]
+    legends = [*figure.legends, *(legend for axes in figure.axes if (legend := axes.get_legend()))]
+    words += [text.get_text() for legend in legends for text in legend.get_texts()]
+    digits = [f"{x:.5g}" for part in numbers for x in np.ma.filled(np.ma.asarray(part, float), np.nan).flat]
+    return "shows " + hashlib.sha256("\n".join([*words, *digits]).encode()).hexdigest()[:16]
+
+
+def shows(path: Path, figure: Figure) -> bool:
+    """Is the saved picture one of this figure's content?"""
+    return content(figure).encode() in path.read_bytes()
+
+
 def save(figure: Figure, path: Path, dpi: int = _DPI) -> Path:
     """Write a PNG or an SVG, as the file's name ends."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date, no version and no random names inside: the same records give the same bytes.
-    nothing: dict[str, Any] = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    about: dict[str, Any] = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    about["Description"] = content(figure)
     with matplotlib.rc_context({"svg.hashsalt": "racs-alice", "hatch.linewidth": 0.5}):
-        figure.savefig(path, dpi=dpi, metadata=nothing)
+        figure.savefig(path, dpi=dpi, metadata=about)
     return path
 
 

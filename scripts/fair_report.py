@@ -1,6 +1,7 @@
 """Write the report of the fair comparison, results/fair/README.md, runs.md and figures, from the records in results/runs.
 
-    python scripts/fair_report.py           pages and figures, whatever has run so far; the effects in docs/deviations.md
+    python scripts/fair_report.py           pages and figures, whatever has run so far; also the effects in docs/deviations.md
+                                            and the table of stage 2 in README.md
     python scripts/fair_report.py --check   fail if a committed page disagrees with the records
 
 The rules are in docs/fair_comparison.md, the plans in configs/sweep/fair_*.yaml. Seconds, nothing is trained.
@@ -20,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
+from reporting.fair import readme  # noqa: E402
 from reporting.fair.deviations import fill  # noqa: E402
-from reporting.fair.figures import available, draw  # noqa: E402
+from reporting.fair.figures import available, draw, stale  # noqa: E402
 from reporting.fair.page import RUNS, list_of_runs, page, write  # noqa: E402
-from reporting.fair.records import Asked, Plans, load_fair  # noqa: E402
+from reporting.fair.records import Asked, Fair, Plans, load_fair  # noqa: E402
 from reporting.paper.page import sections  # noqa: E402
 from sweeps import Plan, Sweep, load_plan  # noqa: E402
 
@@ -122,12 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             out / "README.md": write(page(fair, out, [figures / f"{name}.png" for name in names])),
             out / RUNS: write(list_of_runs(fair, out)),
         }
-        before = choices.read_text(encoding="utf-8") if choices else ""
+        filled = {choices: fill} if choices else {}
+        if not asked.records:
+            filled[ROOT / "README.md"] = lambda page, fair: readme.fill(page, fair, ROOT)
+        before = {file: file.read_text(encoding="utf-8") for file in filled}
         if asked.check:
             pictures = [figures / f"{name}.{end}" for name in names for end in ("png", "svg")]
-            wrong = _check(texts, pictures)
-            if choices and fill(before, fair) != before:
-                print(f"error: {shown(choices)}: an effect disagrees with the records: {AGAIN}.", file=sys.stderr)
+            wrong = _check(texts, pictures, fair)
+            for file in (file for file, make in filled.items() if make(before[file], fair) != before[file]):
+                print(f"error: {shown(file)}: a number disagrees with the records: {AGAIN}.", file=sys.stderr)
                 wrong = 1
             return wrong
         for name in names:
@@ -135,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             file.write_text(text, encoding="utf-8")
-        if choices:
-            choices.write_text(fill(before, fair), encoding="utf-8")
+        for file, make in filled.items():
+            file.write_text(make(before[file], fair), encoding="utf-8")
     except (OSError, ValueError, ImportError) as error:
         print(
             f"error: {error}" + (": put it right and run again" if isinstance(error, OSError) else ""), file=sys.stderr
@@ -147,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(texts: Mapping[Path, str], pictures: Sequence[Path]) -> int:
+def _check(texts: Mapping[Path, str], pictures: Sequence[Path], fair: Fair) -> int:
     failed = 0
+    for file in stale(fair, [path for path in pictures if path.is_file()]):
+        print(f"error: {shown(file)} shows something else than the records: {AGAIN}.", file=sys.stderr)
+        failed = 1
     for file in [path for path in (*texts, *pictures) if not path.is_file()]:
         print(f"error: {shown(file)} is missing: {AGAIN}.", file=sys.stderr)
         failed = 1

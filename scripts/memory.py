@@ -135,7 +135,10 @@ def plan(gpu: int, optimizers: Sequence[str], models: Sequence[str]) -> str:
     lines += [row(model, precision, False) for model in models for precision in planner.PRECISIONS]
     lines += ["", "with trainer.layerwise=true, which cannot accumulate: it is then the batch of a step", lines[2]]
     lines += [row(model, "bf16", True) for model in models]
-    return "\n".join([*lines, "", allowance(gpu)])
+    one = f"--model {models[-1]} --optimizer {'alice' if 'alice' in optimizers else optimizers[-1]}"
+    return "\n".join(
+        [*lines, "", allowance(gpu), "", f"The parts of one of them, and the command that runs it: add {one}"]
+    )
 
 
 def allowance(gpu: int) -> str:

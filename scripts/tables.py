@@ -22,7 +22,7 @@ from reporting.fair.figures import available  # noqa: E402
 from reporting.fair.page import summary  # noqa: E402
 from reporting.fair.records import load_fair  # noqa: E402
 from reporting.paper.cost import computed_memory  # noqa: E402
-from reporting.paper.figures import draw_all  # noqa: E402
+from reporting.paper.figures import draw_all, stale  # noqa: E402
 from reporting.paper.numbers import RESULTS, load_paper  # noqa: E402
 from reporting.paper.page import FIGURES, differences, generate  # noqa: E402
 from reporting.paper.records import RUNS  # noqa: E402
@@ -59,6 +59,9 @@ def run(asked: argparse.Namespace) -> int:
     files[benchmarks.PAGE] = benchmarks.page(RESULTS / "benchmarks")
     if asked.check:
         found = differences(files, asked.out)
+        if not asked.no_figures:
+            old = stale(asked.out / FIGURES, asked.runs, exact)
+            found += [f"{path.relative_to(asked.out)} shows something else than the records." for path in old]
         for sentence in found:
             print(f"error: {asked.out.name}/{sentence} Run `make tables` and look at what changed.", file=sys.stderr)
         if not found:

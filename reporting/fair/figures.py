@@ -52,6 +52,12 @@ def draw(name: str, fair: Fair, folder: Path) -> list[Path]:
     return style.save_both(FIGURES[name][1](fair), folder, name)
 
 
+def stale(fair: Fair, pictures: Sequence[Path]) -> list[Path]:
+    """Those of the saved pictures that show something else than the records."""
+    figures = {name: FIGURES[name][1](fair) for name in {path.stem for path in pictures}}
+    return [path for path in pictures if not style.shows(path, figures[path.stem])]
+
+
 # Stage 2 ---------------------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,16 @@ def draw(name: str, out: str | Path, root: Path = RUNS, memory: Memory | None = 
     return style.save_both(make(name, root, memory), Path(out), name)
 
 
+def stale(out: str | Path, root: Path = RUNS, memory: Memory | None = None) -> list[Path]:
+    """The saved pictures in the folder `out` that show something else than the records."""
+    found = []
+    for name in FIGURES:
+        saved = [path for end in ("png", "svg") if (path := Path(out) / f"{name}.{end}").is_file()]
+        figure = make(name, root, memory) if saved else None
+        found += [path for path in saved if figure and not style.shows(path, figure)]
+    return found
+
+
 def make(name: str, root: Path = RUNS, memory: Memory | None = None) -> Figure:
     """One of FIGURES, not saved: for notebooks."""
     if name not in FIGURES:

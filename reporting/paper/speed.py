@@ -71,7 +71,7 @@ def speedups(paper: Paper, root: Path = RUNS) -> Table:
         "All steps of the reference over the first evaluation of Alice (last layer by Alice) at or under the "
         f"reference's final perplexity, on a grid of {EVALUATE_EVERY} steps. That grid is deduced: with it the "
         "digitised curves give all 12 values printed in the figures, and the 4 against the cited Adam. Ours needs a "
-        "record of Alice and, but for the cited Adam, one of the reference.",
+        "record of Alice and, but for the cited Adam, one of the reference; of several seeds it takes the smallest.",
         markdown(head, rows, left=2),
     )
 

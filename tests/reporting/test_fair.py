@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 from scipy.optimize import minimize_scalar
 
+from reporting.fair import readme
 from reporting.fair.answer import answer
 from reporting.fair.axes import unfinished
 from reporting.fair.circumstances import made, progress
@@ -533,6 +534,21 @@ def test_steps_between_refreshes_are_held_against_the_same_row_and_named_in_the_
     assert f"on `llama_tiny` Alice with 200 {longest:+.3f} (3 of 5 are known); on `llama_tiny_4k` none." in partly
     text = " ".join(answer(without(fair, "fair_constants/*")))
     assert "(+: higher)" not in text and "Without compensation" not in text
+
+
+def test_the_readmes_table_is_of_the_seeds_that_all_methods_have(fair, whole):
+    text = readme.fill(f"# Title\n{readme.BEGIN}old\n{readme.END}\nrest", fair, whole)
+    assert text.startswith(f"# Title\n{readme.BEGIN}\n| ") and text.endswith(f"|\n\n{readme.END}\nrest")
+    assert readme.fill(text, fair, whole) == text and readme.fill("no marks", fair, whole) == "no marks"
+    head, _, alice, *_ = (line for line in text.splitlines() if line.startswith("|"))
+    assert "`llama_tiny`, 3 seeds | `llama_tiny_4k`, 3 seeds | `llama_tiny`, beta_2 0.95, 3 seeds" in head
+    assert alice.startswith("| Alice | [50.00 ± 0.25](")
+    [link, *_] = re.findall(r"\]\(([^)]*)\)", alice)
+    assert (whole / link).is_dir() and link.endswith("llama_tiny/alice-s43")
+    text = readme.table(without(fair, "fair_best/llama_tiny/racs-s44"), whole)
+    assert "`llama_tiny`, 2 seeds" in text.splitlines()[0] and "50.00 ± 0.35" in cells(text, "Alice")[1]
+    lost = changed(fair, "fair_best/llama_tiny/racs-s44", perplexity=math.inf)
+    assert cells(readme.table(lost, whole), "RACS")[1] == "1 of 3 diverged"
 
 
 # The answer and the page -------------------------------------------------------------------------------------------------

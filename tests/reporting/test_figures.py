@@ -27,6 +27,26 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
+def test_a_saved_picture_tells_what_it_shows(tmp_path):
+    """So that one of older records is found out, whatever version of matplotlib has drawn it."""
+
+    def made(values=(1.0, 2.0), label="Alice", title="A title"):
+        figure, rc = style.figure(3.0, 2.0)
+        with rc:
+            axes = figure.add_subplot()
+            axes.plot([1, 2], values, label=label)
+            axes.bar([1, 2], [3.0, values[1]])
+            axes.scatter([1, 2], values)
+            axes.legend()
+            style.title(figure, title)
+        return figure
+
+    for path in style.save_both(made(), tmp_path, "picture"):
+        assert style.shows(path, made()) and style.shows(path, made((1.0, 2.0 + 1e-9)))
+        for other in (made((1.0, 2.001)), made(label="RACS"), made(title="Another")):
+            assert not style.shows(path, other)
+
+
 def test_the_training_picture_shows_the_numbers_of_the_record(tmp_path, drawn):
     folder = write_run(tmp_path / "run", steps=60, eval_every=20)
     path = training_picture(folder)

@@ -70,9 +70,13 @@ def test_the_check_passes_writes_nothing_and_fails_naming_what_disagrees(root, c
     assert len(errors) == 2  # the table of repetitions, and that of all runs
     assert '"The same run twice": disagrees with the records' in errors[0] and "every run" in errors[1]
     (root / "figures/sensitivity.svg").unlink()
+    shutil.copy(root / "figures/group_rate.png", root / "figures/sensitivity.png")
     page.unlink()
     assert command.main(arguments(root, "--check")) == 1
-    assert "README.md is missing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "README.md is missing" in said and "sensitivity.svg is missing" in said
+    assert "sensitivity.png shows something else than the records" in said
+    assert "group_rate.png" not in said
 
 
 def test_an_effect_that_disagrees_with_the_records_fails_the_check(root, capsys):
@@ -80,7 +84,7 @@ def test_an_effect_that_disagrees_with_the_records_fails_the_check(root, capsys)
     assert page.read_text() == "| Warm-up | `no_warmup`: not run |\n"
     page.write_text("| Warm-up | `no_warmup`: -0.100 / -0.100 |\n")
     assert command.main(arguments(root, "--check")) == 1
-    assert "deviations.md: an effect disagrees with the records" in capsys.readouterr().err
+    assert "deviations.md: a number disagrees with the records" in capsys.readouterr().err
     assert command.main(arguments(root)) == 0
     assert page.read_text() == "| Warm-up | `no_warmup`: not run |\n"
 

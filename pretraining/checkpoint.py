@@ -185,7 +185,7 @@ def step_of(path: Path) -> int:
 def _check_options(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse states that another method, or the same one with other options, has made.
 
-    Rates and weight decay may differ, and what changes no state but by rounding: log_basis and products.
+    Rates and weight decay may differ, and log_basis, which changes no state.
 
     Raises:
         UserError: naming the first option that does.

@@ -290,7 +290,7 @@ def _draw_rate_dependence(axes: Axes, ranked: Sequence[str], methods: dict[str, 
         "adam_lr, the peak rate of embeddings, norms and lm_head"
         + ("\nat the upper edge: × diverged, ▲ above the axis" if beyond else "")
     )
-    axes.set_title("final perplexity; line: best matrix rate, faint: others")
+    axes.set_title("final, one seed; line: best matrix rate, faint: others")
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -146,7 +146,8 @@ def content(figure: Figure) -> str:
             numbers += [drawn.get_offsets(), *(path.vertices for path in drawn.get_paths())]
     legends = [*figure.legends, *(legend for axes in figure.axes if (legend := axes.get_legend()))]
     words += [text.get_text() for legend in legends for text in legend.get_texts()]
-    digits = [f"{x:.5g}" for part in numbers for x in np.ma.filled(np.ma.asarray(part, float), np.nan).flat]
+    parts: list[Any] = [np.ma.asarray(part, float).filled(np.nan).ravel() for part in numbers]
+    digits = [f"{x:.5g}" for part in parts for x in part]
     return "shows " + hashlib.sha256("\n".join([*words, *digits]).encode()).hexdigest()[:16]
 
 

@@ -356,7 +356,8 @@ def survey_figure(
         some = next(run for run in runs if not math.isnan(run.perplexity))
         style.title(
             figure,
-            f"{some.model}, data: {some.data}, {some.setting('trainer.steps')} steps: validation perplexity, lower is better",
+            f"{some.model}, data: {some.data}, {some.setting('trainer.steps')} steps, one seed, few rates: validation "
+            "perplexity, lower is better",
         )
         used = {entry.family: None for entry in rows}
         order = {

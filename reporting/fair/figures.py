@@ -58,6 +58,14 @@ def stale(fair: Fair, pictures: Sequence[Path]) -> list[Path]:
     return [path for path in pictures if not style.shows(path, figures[path.stem])]
 
 
+def _provisional(rows: Sequence[Row]) -> str:
+    """That seeds are missing, on a line of its own; nothing once all have ended."""
+    there = [len(row.runs) for row in rows if row.runs]
+    if not there or all(row.settled or row.name == REFERENCE for row in rows):
+        return ""
+    return f"\n{min(there)} of {rows[0].asked} seeds: no difference claimed"
+
+
 # Stage 2 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +98,7 @@ def _curves(fair: Fair, words: str = "each method at its best rates") -> Figure:
             perplexity_axis(axes, low / 1.03, high * _ABOVE)
             even_ticks(axes.xaxis, start, steps[-1], most=6)
             axes.set_xlim(start, 1.02 * steps[-1])
-            axes.set_xlabel("steps")
+            axes.set_xlabel(f"steps{_provisional(rows)}")
             axes.legend(title="final, best first", loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=3.2)
         axes_with = [axes for _, axes in parts]
         axes_with[0].set_ylabel("validation perplexity")
@@ -134,7 +142,7 @@ def _speedup(fair: Fair) -> Figure:
             axes.grid(False, axis="y")
             axes.set_ylim(-0.6, len(rows) - 0.4)
             axes.set_xlim(0, max([1.0, *(row.speedup or 0 for row in rows), *times.values()]) * 1.12)
-            axes.set_xlabel("times as fast as Adam to Adam's final perplexity")
+            axes.set_xlabel(f"times as fast as Adam to Adam's final perplexity{_provisional(rows)}")
         if any(len(axes.patches) and axes.patches[-1].get_hatch() for _, axes in parts):
             from matplotlib.patches import Patch
 
@@ -178,7 +186,9 @@ def _memory(fair: Fair) -> Figure:
             ends = [y + sign * (spread or 0) for _, _, y, spread in points for sign in (-1, 1)]
             perplexity_axis(axes, min(ends) / 1.04, max(ends) * 1.04)
             axes.set_xlim(0, max(x for _, x, _, _ in points) * 1.08)
-            axes.set_xlabel("optimizer states, MiB")
+            axes.set_xlabel(
+                f"optimizer states, those of the Adam group included, MiB{_provisional(methods(fair, model))}"
+            )
         parts[0][1].set_ylabel("final perplexity")
         legend(figure, shown, lines=False)
         style.title(figure, "Memory and final perplexity: lower left is better (bars: standard deviation over seeds)")
@@ -290,9 +300,10 @@ def _gains(fair: Fair) -> Figure:
                 axes.bar(
                     places, heights, 0.19, color=colour, hatch=hatch, edgecolor="black", linewidth=0.7, label=label
                 )
-                for place, value in zip(places, heights, strict=True):
+                for place, value, name in zip(places, heights, names, strict=True):
+                    mark = "†" if key in known[model, name].ends else ""
                     axes.annotate(
-                        f"{value:.2f}", (place, value), xytext=(0, 2 if value >= 0 else -2), textcoords="offset points",
+                        f"{value:.2f}{mark}", (place, value), xytext=(0, 2 if value >= 0 else -2), textcoords="offset points",
                         ha="center", va="bottom" if value >= 0 else "top", fontsize=7,
                     )  # fmt: skip
             axes.axhline(0, color="black", linewidth=0.8)
@@ -302,7 +313,9 @@ def _gains(fair: Fair) -> Figure:
         parts[0][1].set_ylabel("gain over Adam in loss, nats")
         handles = next(axes.get_legend_handles_labels() for _, axes in parts if axes.containers)
         figure.legend(*handles, loc="outside lower center", ncols=1)
-        style.title(figure, "What the rates gain and what the optimizer gains: up is better (one seed)")
+        ends = any(key in each.ends for each in known.values() for key in keys)
+        note = "; †: best matrix rate at an end" if ends else ""
+        style.title(figure, f"What the rates and the optimizer gain: up is better (one seed{note})")
     return figure
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import units
 from ..statistics import RULE
-from ..text import NOT_RUN
+from ..text import NOT_RUN, anchor
 from .answer import NEAR, answer, name_of
 from .circumstances import commit_of, everything, made, progress
 from .gains import CANDIDATE_RATE, gain
@@ -82,8 +82,7 @@ class Source:
 def page(fair: Fair, out: Path, figures: Iterable[Path]) -> list[Section]:
     """The sections of the page in the folder `out`; `figures`: the pictures that there are, as PNG."""
     source = Source(fair, out, {path.stem: os.path.relpath(path, out) for path in figures})
-    return [
-        Section("The fair comparison: what came out", _beginning(source)),
+    rest = [
         Section("Stage 2: each method at its best rates", _stage_2(source)),
         Section("Again with beta_2 = 0.95", _again(source)),
         Section("Stage 1: rates", _stage_1(source)),
@@ -98,6 +97,8 @@ def page(fair: Fair, out: Path, figures: Iterable[Path]) -> list[Section]:
         Section("Longer runs", _longer(source)),
         Section("How it was made", _join(made(fair), f"[Every run]({RUNS}) with its rates, result and record.")),
     ]
+    contents = "\n".join(f"- [{section.title}](#{anchor(section.title)})" for section in rest)
+    return [Section("The fair comparison: what came out", _join(_beginning(source), contents)), *rest]
 
 
 def list_of_runs(fair: Fair, out: Path) -> list[Section]:
@@ -239,9 +240,9 @@ def _with_words(words: str, table: str) -> str:
 def _gains(source: Source) -> str:
     return source.part(
         "fair_rates",
-        "The paper's Adam has one rate, 0.001, for everything. Its candidates train embeddings, norms and last layer at "
-        "0.02, if they share the matrices' rate as in the code base that the paper probably grew from (it does not say). "
-        "Lowest perplexity over matrix rates (in brackets: that rate) at each rate of the Adam group, one seed. "
+        "The paper's Adam has one rate, 0.001 (1.3B: 0.0007), for everything. Its candidates train embeddings, norms and last "
+        "layer at 0.02, if they share the matrices' rate as in the code base that the paper probably grew from (it does "
+        "not say). Lowest perplexity over matrix rates (in brackets: that rate) at each rate of the Adam group, one seed. "
         "†: the smallest or largest of the matrix rates tried there, or the only one.",
         source.by_model(group_rates, "fair_rates"),
         "Gains in nats of final loss, positive is better; one seed, on which the rates were selected as well. *As the paper "
@@ -332,16 +333,20 @@ def _repeat(source: Source) -> str:
     return source.part("fair_repeat", text, repeat(fair, source.out))
 
 
-# What a change at one seed is held against; see gains.unchanged.
-_ONCE_MORE = "[run once more](#the-same-run-twice) by the same code; until that has ended, stage 1's"
+def _once_more(fair: Fair) -> str:
+    """What a change at one seed is held against; see gains.unchanged."""
+    missing = len(fair.runs("fair_again")) < len(fair.asked("fair_again"))
+    rest = "; until that has ended, stage 1's" if missing else ""
+    return f"[run once more](#the-same-run-twice) by the same code{rest}"
 
 
 def _untuned(source: Source) -> str:
     return source.part(
         "fair_adam",
         f"{_budget(source.fair, 'fair_adam')} Adam's averages and SOAP's published interval, at the best pair of stage 1; "
-        f"difference to the run of the same seed without the change ({_ONCE_MORE}): negative is better. Adam has seven tries "
-        f"here, the others one or two. For gains of more than {OWED:g} nats (bold) the rules ask for a grid and a row: those "
+        f"difference to the run of the same seed without the change ({_once_more(source.fair)}): negative is better. Adam has "
+        f"seven tries here, the others one or two. For gains of more than {OWED:g} nats (bold) the rules ask for a grid and a "
+        "row: those "
         "[with beta_2 = 0.95](#again-with-beta_2--095). No significance is claimed.",
         source.by_model(untuned, "fair_adam"),
     )
@@ -352,7 +357,8 @@ def _constants(source: Source) -> str:
         "fair_constants",
         f"{_budget(source.fair, 'fair_constants')} At the best pair of stage 1, which was chosen with 12 steps between "
         "refreshes; Alice, GaLore, Fira and Apollo publish 200. Below each perplexity the loss less that of the same row with "
-        f"12 ({_ONCE_MORE}). A description: no significance is claimed, no rate was chosen again, no other table changes.",
+        f"12 ({_once_more(source.fair)}). A description: no significance is claimed, no rate was chosen again, no other table "
+        "changes.",
         source.by_model(intervals, "fair_constants"),
         _with_words(
             "Other constants, with 12 steps; difference to the run of the same seed without the change:",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..text import anchor
 from . import cost, speed, tables
 from .cells import CELLS
 from .cost import Memory
@@ -171,8 +172,8 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory, fair: st
             [
                 "Contents:",
                 "",
-                *(f"- [{table.title}](#{_anchor(table.title)})" for table in made),
-                *([f"- [{_FAIR}](#{_anchor(_FAIR)})"] if fair else []),
+                *(f"- [{table.title}](#{anchor(table.title)})" for table in made),
+                *([f"- [{_FAIR}](#{anchor(_FAIR)})"] if fair else []),
                 "- [Other reports](#other-reports)",
             ]
         ),
@@ -193,8 +194,3 @@ def _page(paper: Paper, made: list[Table], root: Path, printed: Memory, fair: st
     parts += ["## Other reports", "\n".join(f"- [{text}]({path})" for path, text in _REPORTS)]
     parts.append("Notebooks that show the same and let you change it: [results/notebooks](notebooks).")
     return "\n\n".join(parts) + "\n"
-
-
-def _anchor(title: str) -> str:
-    """How GitHub names the anchor of a heading."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

@@ -268,6 +268,14 @@ def test_adam_is_right_after_loading_moments_of_another_layout():
     assert (p - q).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_what_is_said_of_adam_holds_for_all_of_it_unless_said_otherwise(name):
+    for options, rest in (({}, (0.8, 0.9)), ({"adam_betas": (0.7, 0.95)}, (0.7, 0.95))):
+        optimizer = create(name, network(), betas=(0.8, 0.9), eps=1e-6, verbose=False, **options)
+        assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9), rest]
+        assert [group["eps"] for group in optimizer.param_groups] == [1e-6, 1e-6]
+
+
 def test_decay_in_the_adam_group_is_adamws():
     ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
     optimizer = RACS([{"params": [ours], "adam": True, "lr": 0.01, "weight_decay": 0.5}])

@@ -96,6 +96,14 @@ def test_model_shapes_are_table_10_with_its_misprint_corrected(size: str) -> Non
     )
 
 
+@pytest.mark.parametrize("method", ["adam", "adamw"])
+def test_betas_of_adam_are_those_of_every_parameter(method: str) -> None:
+    cfg = compose([f"optimizer={method}", "optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-6"])
+    assert cfg.optimizer.adam_betas == [0.8, 0.9] and cfg.optimizer.adam_eps == 1e-6
+    cfg = compose([f"optimizer={method}", "optimizer.adam_betas=[0.8,0.9]"])
+    assert cfg.optimizer.betas == [0.9, 0.999]
+
+
 def test_the_command_the_project_exists_for() -> None:
     cfg = compose(["optimizer=alice", "model=llama_1b"])
     o, t = cfg.optimizer, cfg.trainer

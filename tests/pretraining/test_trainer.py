@@ -317,6 +317,8 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(run):
     before = (run / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"another configuration \(optimizer.lr: 0.02 there, 0.03 here\)"):
         train(config(run, "optimizer.lr=0.03"))
+    with pytest.raises(UserError, match=r"another configuration \(optimizer.products: float32 there, bfloat16 here\)"):
+        train(config(run, "optimizer.products=bfloat16"))
     assert (run / "config.yaml").read_bytes() == before
 
 
@@ -403,6 +405,7 @@ def test_memory_settings_may_change_in_the_middle(tmp_path):
     [
         (["optimizer=racs"], "was made with optimizer"),
         ([*ALICE, "optimizer.rank=4"], "was made with optimizer.rank=8, not 4"),
+        ([*ALICE, "optimizer.products=bfloat16"], "was made with optimizer.products=float32, not bfloat16"),
     ],
 )
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, run, more, message):

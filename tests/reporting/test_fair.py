@@ -443,11 +443,10 @@ def test_another_task_stands_beside_both_stages(fair, whole, tmp_path):
 
 
 def test_repetitions_are_paired_by_configuration_and_seed(fair, whole):
-    assert [run.path.parts[-3:] for _, run in repeats(fair, TINY)] == [
-        ("fair_repeat", TINY, "adam-s42"),
-        ("fair_repeat", TINY, "alice-s42"),
-        ("fair_again", TINY, "adam-s42"),
-    ]
+    names = [("fair_repeat", TINY, "adam-s42"), ("fair_repeat", TINY, "alice-s42")]
+    assert [run.path.parts[-3:] for _, run in repeats(fair, TINY)] == names, "the same number by the same code: once"
+    other = changed(fair, "fair_again/llama_tiny/adam-s42", perplexity=60.5)
+    assert [run.path.parts[-3:] for _, run in repeats(other, TINY)] == [*names, ("fair_again", TINY, "adam-s42")]
     assert all(first.path.parent.parent.name == "fair_rates" for first, _ in repeats(fair, TINY))
     fair = changed(fair, "fair_repeat/llama_tiny/alice-s42", perplexity=50.5)
     table = repeat(fair, whole).splitlines()

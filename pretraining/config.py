@@ -235,6 +235,7 @@ _PATH = (
 )
 _LARGEST = 1e30  # of factors: float32 ends at 3e38
 _SEED = (_whole(0, 2**63 - 1)[0], "a whole number of at least 0 and below 2^63")
+_WRITING = ("seed", "tokens", "temperature")  # of generate.py: no run has them
 _RATE = _number(0, _LARGEST, open_low=True)
 
 
@@ -395,9 +396,12 @@ def validate(cfg: DictConfig) -> None:
             continue
         value = OmegaConf.select(cfg, key)
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if not holds(value) and (
-            training or value is not None or key == "checkpoint"
-        ):  # null in the other doors: the run's own value
+        own = (
+            value is None
+            and not training
+            and key not in ("checkpoint", "device", *(_WRITING if "prompt" in cfg else ()))
+        )
+        if not holds(value) and not own:  # in the other doors null is the run's own value, where it has one
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
             raise UserError(f"{key} must be {words}, not {shown}.")
     if training:

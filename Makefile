@@ -39,7 +39,7 @@ help:
 	@echo
 	@echo 'The first of them installs into .venv (log: .venv/setup.log). Download: about 3 GB on Linux, because PyPI'"'"'s torch'
 	@echo 'comes with CUDA; 0.6 GB on macOS, or with a CPU build of torch: PIP_ARGS="--index-url <index of CPU builds>".'
-	@echo 'After that nothing is downloaded.'
+	@echo 'After that none of these downloads anything.'
 	@echo
 	@echo 'ARGS="optimizer=racs"  more arguments for train, test, compare    PYTHON=python3.12  another Python, 3.11 to 3.13'
 	@echo 'SYSTEM=1               use the python3 that is there with its packages, install nothing'

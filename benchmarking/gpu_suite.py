@@ -24,7 +24,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.errors import UserError
-from pretraining.record import read_json, replace_text, write_json
+from pretraining.files import replace_text
+from pretraining.record import read_json, write_json
 from pretraining.signals import end_with_parent
 from reporting import RECORD_FILES, load_run, units
 from reporting.benchmarks import optimizer_table

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from data.errors import UserError
-from pretraining.record import environment, replace_text
+from pretraining.files import replace_text
+from pretraining.record import environment
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 PLACES = ("--out",)  # options whose folders are those of this machine: not for the record

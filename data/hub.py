@@ -366,6 +366,8 @@ class HubFileSource(LineSource):
             "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
             "holdout": holdout,
         }
+        if text_column != "text":
+            self.description["text_column"] = text_column
         if on_error != "stop":
             self.description["on_error"] = on_error
 
@@ -432,6 +434,8 @@ class HubSource(Source):
             "files": self.shards,
             "holdout": holdout,
         }
+        if text_column != "text":
+            self.description["text_column"] = text_column
         if on_error != "stop":
             self.description["on_error"] = on_error
 

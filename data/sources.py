@@ -291,6 +291,8 @@ class FileSource(LineSource):
             "last_file": self._files[-1].name,
             "holdout": holdout,
         }
+        if text_column != "text":
+            self.description["text_column"] = text_column
         if self._mirror is not None and self._mirror.facts is not None:
             self.description |= {**self._mirror.facts, "present": len(self._sizes)}
         else:

@@ -239,7 +239,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         count = len(self.param_groups)
         try:
             self._add_param_group(dict(param_group))  # torch writes defaults into it; two optimizers may share groups
-        except ValueError:
+        except Exception:
             del self.param_groups[count:]  # refused: as if it had never been given
             raise
 
@@ -528,25 +528,29 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not self.state[p]:
                 self._init(p, group)
         beta1, beta2 = group["betas"]
-        # One call for each kind of parameter: the kernels want lists of one dtype.
-        for dtype in {p.dtype: None for p in params}:
-            some = [p for p in params if p.dtype == dtype]
+        # One call for each kind of parameter: the kernels want lists of one dtype, the fused ones memory without gaps.
+        kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((p.dtype, p.device.type in FUSED and laid_alike(local(p))), []).append(p)
+        for (dtype, fused), some in kinds.items():
             states = [self.state[p] for p in some]
             # torch's kernels want one dtype; where moments are kept in another, wide copies are updated.
             wide = torch.promote_types(dtype, states[0]["exp_avg"].dtype)
             stored = [local(x) for x in (*some, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states))]
             working = [x.to(wide) for x in stored]
             n = len(some)
-            grads = [local(p.grad).to(wide) for p in some]
-            fused = all(p.device.type in FUSED for p in some)
             functional_adam(
                 working[:n],
-                grads,
+                [
+                    (laid_as(local(p), local(G)) if fused else local(G)).to(wide)
+                    for p in some
+                    if (G := p.grad) is not None
+                ],
                 working[n : 2 * n],
                 working[2 * n :],
                 [],
                 [s["step"] for s in states],
-                fused=fused and all(map(laid_alike, working[:n], grads, working[n : 2 * n], working[2 * n :])),
+                fused=fused,
                 decoupled_weight_decay=True,
                 amsgrad=False,
                 beta1=beta1,
@@ -574,10 +578,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
         for group in self.param_groups:
+            if group.get("state_dtype") == "float16":  # of an older version; see STATE_DTYPES
+                group["state_dtype"] = "float32"
+            for states in (self.state[p] for p in group["params"] if p in self.state):
+                half = {name: x for name, x in states.items() if isinstance(x, Tensor) and x.dtype == torch.float16}
+                states.update({name: x.float() for name, x in half.items()})
             if group["adam"]:
                 for p in group["params"]:
-                    if "step" in self.state[p]:  # the fused kernels want it beside the parameter
-                        self.state[p]["step"] = self.state[p]["step"].to(p.device)
+                    states = self.state[p]
+                    if "step" in states:  # the fused kernels want it beside the parameter, and moments laid as it is
+                        states["step"] = states["step"].to(p.device)
+                        if not is_sharded(p):
+                            states.update({name: laid_as(p, states[name]) for name in ("exp_avg", "exp_avg_sq")})
                 continue
             for name, value in self.defaults.items():
                 if name != "differentiable":  # which torch adds to the defaults when it loads, and to no group
@@ -636,9 +648,16 @@ def subtract(params: list[Tensor], D: Tensor | Factored, factor: float | Tensor,
 
 def laid_alike(p: Tensor, *others: Tensor) -> bool:
     """Do all fill memory without gaps, in the same order? torch's fused kernels take that for granted."""
+    if not p.numel():
+        return True
     wide = [i for i, size in enumerate(p.shape) if size > 1]  # the stride of a side of 1 means nothing
     dense = 1 + sum((p.shape[i] - 1) * p.stride(i) for i in wide) == p.numel()
     return dense and all(x.stride(i) == p.stride(i) for x in others for i in wide)
+
+
+def laid_as(p: Tensor, x: Tensor) -> Tensor:
+    """``x``, of the shape of ``p``, in its memory layout; itself where it is."""
+    return x if laid_alike(p, x) else torch.empty_like(p, dtype=x.dtype).copy_(x)
 
 
 def laid_like(x: Tensor, turned: Tensor) -> Tensor:

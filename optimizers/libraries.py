@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import FUSED, MatrixOptimizer, laid_alike
+from .base import FUSED, MatrixOptimizer, laid_alike, laid_as
 from .combined import Combined
 from .sharding import is_sharded
 
@@ -109,18 +109,30 @@ def adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         group["lr"] = lr if group.get("lr") is None else group["lr"]
     params = [p for group in groups for _, p in group["params"]]
     fused = all(p.device.type in FUSED and (is_sharded(p) or laid_alike(p)) for p in params)
-    optimizer = torch.optim.AdamW(groups, **{"weight_decay": 0.0, "lr": lr, **options}, fused=fused)
-    if fused:
-        optimizer.register_step_pre_hook(_lay_gradients)
-    return optimizer
+    # None: torch chooses what is right for any layout
+    return AdamW(groups, **{"weight_decay": 0.0, "lr": lr, **options}, fused=True if fused else None)
 
 
-def _lay_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """torch's fused kernels take for granted that a gradient lies in memory as its parameter does."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None and not (is_sharded(p) or p.grad.is_sparse or laid_alike(p, p.grad)):
-                p.grad = torch.empty_like(p).copy_(p.grad)
+class AdamW(torch.optim.AdamW):
+    """torch's, with gradients and moments laid in memory as their parameters: its fused kernels take that for granted."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.register_step_pre_hook(_lay_alike)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if _lay_alike not in self._optimizer_step_pre_hooks.values():  # which copies leave behind
+            self.register_step_pre_hook(_lay_alike)
+
+
+def _lay_alike(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for p in (p for group in optimizer.param_groups if group["fused"] for p in group["params"]):
+        if p.grad is None or is_sharded(p) or p.grad.is_sparse:
+            continue
+        p.grad = laid_as(p, p.grad)
+        state = optimizer.state.get(p, {})
+        state.update({name: laid_as(p, x) for name, x in state.items() if name != "step"})
 
 
 def adam_mini(groups: list[dict[str, Any]], model: nn.Module, lr: float | Tensor, **options: Any) -> Combined:

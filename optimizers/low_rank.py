@@ -156,7 +156,8 @@ def optimal_compensation(
         c [B, 1, n], p and phi.
     """
     p = p.lerp(residual, 1 - beta)
-    D = math.sqrt(dimension) / p.sqrt().add_(eps)
+    # p is negative only in states that older versions saved with Gaussian bases
+    D = math.sqrt(dimension) / p.clamp_min(0).sqrt().add_(eps)
     eta, phi = growth_limit((residual * D.square()).sum(-1).sqrt(), phi, gamma)
     return D.unsqueeze(-2) * eta, p, phi
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .base import MatrixOptimizer
 from .combined import Combined
+from .libraries import AdamW
 from .sharding import local
 
 CONVENTIONS = ("exact", "paper")
@@ -160,7 +161,8 @@ def _group_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
             state = optimizer.new_state(torch.empty(shape, dtype=dtype, device="meta"), group)
             total += count * sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
         return total
-    formula = _LIBRARY.get(f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}")
+    kind = torch.optim.AdamW if isinstance(optimizer, AdamW) else type(optimizer)
+    formula = _LIBRARY.get(f"{kind.__module__.split('.')[0]}.{kind.__name__}")
     if formula is None:
         raise ValueError(
             f"the states of {type(optimizer).__name__} are unknown before its first step; measure them then"

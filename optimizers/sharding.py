@@ -435,7 +435,10 @@ class Owners:
         self._groups, self._hidden = [], {}
 
     def undo(self) -> None:
-        """After a step that has failed: groups, states and gradients as they were before it."""
+        """After a step that has failed: groups, gradients and the places of states as before it.
+
+        Matrices that it had updated keep their new states and clocks, though their new weights may reach nobody.
+        """
         self._put_back()
         self._whole, self._changing = {}, set()
 

@@ -112,25 +112,34 @@ class SOAP(MatrixOptimizer):
             state[basis] = align_signs(U, state[basis]) if group["fix_signs"] and ctx.step > 1 else U
 
     def direction(self, G: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context) -> Tensor:
-        """Algorithm 6 but for the bases, or a step of the published form."""
-        published = group["form"] == "published"
         X = G.bfloat16() if group["products"] == "bfloat16" else G  # what products are computed from
-        if published and ctx.step == 1:
-            update = torch.zeros_like(G)
-        else:
-            update = self.adam(G, X, state, group)
+        if group["form"] == "published":
+            return self.published_step(G, X, state, group, ctx)
+        update = self.adam(G, X, state, group)  # Algorithm 6 but for the bases
+        self.average_squares(X, state, group)
+        return update
+
+    def published_step(
+        self, G: Tensor, X: Tensor, state: dict[str, Tensor], group: dict[str, Any], ctx: Context
+    ) -> Tensor:
+        """Vyas et al.'s: nothing at step 1; afterwards the update first, then L and R, then perhaps new bases."""
+        if ctx.step == 1:
+            self.average_squares(X, state, group)
+            return torch.zeros_like(G)
+        update = self.adam(G, X, state, group).mul_(bias_correction(ctx.step - 1, *group["betas"][:2]))
+        self.average_squares(X, state, group)
+        if is_update_time(ctx.step, group["update_interval"], group["update_times"]):
+            orders = []
+            for name, basis in BASES:
+                state[basis], order = power_step(state[name], state[basis].to(state[name].dtype))
+                orders.append(order)
+            self.permute(state, *orders)
+        return update
+
+    def average_squares(self, X: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """L and R take in G G^T and G^T G."""
         for (name, _), square in zip(BASES, gram_matrices(X), strict=True):
             state[name].lerp_(square.to(state[name].dtype), 1 - group["betas"][2])
-
-        if published and ctx.step > 1:
-            update *= bias_correction(ctx.step - 1, *group["betas"][:2])
-            if is_update_time(ctx.step, group["update_interval"], group["update_times"]):
-                orders = []
-                for name, basis in BASES:
-                    state[basis], order = power_step(state[name], state[basis].to(state[name].dtype))
-                    orders.append(order)
-                self.permute(state, *orders)
-        return update
 
     def adam(self, G: Tensor, X: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """Adam in the bases of ``state``, back in the original space. ``X``: G in the dtype of the products."""

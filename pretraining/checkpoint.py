@@ -39,6 +39,7 @@ SUMS = "SHA256SUMS"
 VISIBLE_SECONDS = 30.0  # that a folder may take to be seen by other nodes
 STATE = "state.json"
 FREE = ("lr", "adam_lr", "weight_decay", "log_basis")  # options that a later run may change
+NO_FUNCTION = {"name", "attn_implementation", "tokenizer", "initializer_range"}  # of a model's settings
 SET_ANEW = (*FREE, "initial_lr")  # of a parameter group: not restored
 
 
@@ -137,6 +138,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config:
         raise UserError(f"{path} cannot be used: the first rank says why") from error
     tensors, meta = _read(path, _Layout(model, optimizer))
     try:
+        _check_model(path, meta.get("model", {}), config)
         _check_options(path, meta["optimizer"], config)
         numbers = meta.pop("numbers")
         _put_weights(path, tensors, model)
@@ -180,6 +182,14 @@ def step_of(path: Path) -> int:
         UserError: not a whole checkpoint.
     """
     return _read_json(path)["step"]
+
+
+def _check_model(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse weights of another function, such as one with other heads, whose shapes may be the same."""
+    own = config.get("model", {})
+    for key in sorted(saved.keys() & own.keys() - NO_FUNCTION):
+        if saved[key] != own[key]:
+            raise UserError(f"{path} was made with model.{key}={saved[key]}, not {own[key]}: set it so, or start anew")
 
 
 def _check_options(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:

@@ -84,8 +84,19 @@ _OTHERS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Refuse what Hydra takes, but nothing here can work with."""
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    known = OmegaConf.load(CONFIGS / "train.yaml")
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
+        section, _, name = key.partition(".")
+        if (
+            override.startswith("+")
+            and name
+            and section in ("trainer", "eval", "tracker")
+            and name not in known[section]
+        ):
+            raise UserError(
+                f"{override}: there is no setting {key}; without the + the ones that there are would be named."
+            )
         if not override.isprintable() and (override.startswith("~") or key in groups or not key.strip()):
             raise UserError(f"Cannot read the argument {override!r}: write settings as key=value.")
         if override.startswith("~"):

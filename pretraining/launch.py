@@ -136,14 +136,41 @@ def check_same_configuration(cfg: DictConfig, world: int) -> None:
     Raises:
         UserError: on all ranks alike, naming the first setting that differs and whose.
     """
-    if world == 1 or not dist.is_initialized():
-        return
     ours = dict(_leaves(OmegaConf.to_container(cfg, resolve=True)))
+    if found := _first_difference(ours, world):
+        key, first, other, rank = found
+        raise UserError(
+            f"the ranks have different settings: {key} is {first!r} on rank 0 and {other!r} on rank {rank}; start all "
+            "of them with the same command, from the same files, without ${oc.env:...} that differs between machines"
+        )
+
+
+def check_same_data(facts: dict[str, Any], world: int) -> None:
+    """Refuse ranks that read other text or tokenise it otherwise, such as from folders of their own machines.
+
+    Args:
+        facts: what identifies text, tokenizer and validation rows.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    if found := _first_difference(dict(_leaves(facts)), world):
+        key, _, _, rank = found
+        raise UserError(
+            f"ranks 0 and {rank} read different data ({key} differs): give all machines the same files, and with data=hub a "
+            "data.revision"
+        )
+
+
+def _first_difference(ours: dict[str, Any], world: int) -> tuple[str, Any, Any, int] | None:
+    """The first key whose values differ between ranks: the key, the value on rank 0, another and whose; on all ranks alike."""
+    if world == 1 or not dist.is_initialized():
+        return None
     text = json.dumps(ours, sort_keys=True)
     digests: list[str] = [""] * world
     dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest())
     if len(set(digests)) == 1:
-        return
+        return None
     every: list[dict[str, Any]] = [{}] * world
     dist.all_gather_object(every, ours)
     other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
@@ -153,11 +180,8 @@ def check_same_configuration(cfg: DictConfig, world: int) -> None:
         for key in dict.fromkeys([*every[0], *every[other]])
         if every[0].get(key, missing) != every[other].get(key, missing)
     )
-    values = [every[rank].get(key, "not there") for rank in (0, other)]
-    raise UserError(
-        f"the ranks have different settings: {key} is {values[0]!r} on rank 0 and {values[1]!r} on rank {other}; start all "
-        "of them with the same command, from the same files, without ${oc.env:...} that differs between machines"
-    )
+    first, second = (every[rank].get(key, "not there") for rank in (0, other))
+    return key, first, second, other
 
 
 def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -168,7 +168,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # Written in the dtype that is wanted: one pass, and no float32 copy on the way to bfloat16
+        # Written in the dtype that is wanted: one pass, and no float32 copy on the way to bfloat16. A GPU would first round a
+        # scalar to the tensor's dtype, by up to 0.4 % in bfloat16; with a vector of one number it widens the tensor.
+        gradient = gradient if gradient.device.type == "cpu" else gradient.reshape(1)
         dH, dW = (
             torch.mul(x, gradient, out=torch.empty_like(x, dtype=dtype))
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

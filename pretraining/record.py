@@ -21,11 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
 
+from .files import replace_text
+
 C4 = "allenai/c4"  # on the Hub; configs/data/c4.yaml
 
 # Settings that change no number beyond rounding: a run may go on under other values of these.
 INDIFFERENT = (
     "run_dir",
+    "tokenizer",  # its file may move; the loader compares what it is
     "paths",
     "experiment_name",
     "tracker",
@@ -270,16 +273,6 @@ def write_report(file: Path, values: Mapping[str, Any]) -> None:
         write_json(file, values)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error}): choose another file") from error
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old or the new one, never a part."""
-    temporary = file.with_name(file.name + ".new")
-    with temporary.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(temporary, file)
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -36,7 +37,7 @@ from optimizers.sharding import local
 from . import checkpoint
 from .curvature import hutchinson, label_gradient
 from .evaluation import Evaluation, evaluate
-from .launch import LostContact, check_launch, check_same_configuration, lost_contact
+from .launch import LostContact, check_launch, check_same_configuration, check_same_data, lost_contact
 from .layerwise import LayerWise, UpdateTimes
 from .lock import RunLock
 from .loss import PretrainingLoss, real_targets, target_count
@@ -193,6 +194,14 @@ class Trainer:
             cfg.data.validation_max_tokens,
             cfg.data.attention,
         )
+        rows = (x.contiguous().numpy().tobytes() for x in self.validation)
+        self.validation_rows = hashlib.sha256(b"".join(rows)).hexdigest()
+        facts = {
+            "training text": self.source.identity,
+            "validation rows": self.validation_rows,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+        check_same_data(facts, self.accelerator.num_processes)
         self.ngrams: dict[str, Any] = {}
         if cfg.eval.ngrams and self.main:
             training = training_sequences(self.source, self.tokenizer, self.length, cfg.data.rows)
@@ -290,6 +299,11 @@ class Trainer:
         if path is None:
             return
         meta = checkpoint.load(path, self.model, self.optimizer, self.record.config)
+        if path.parent == self.checkpoints and meta.get("validation", self.validation_rows) != self.validation_rows:
+            raise UserError(
+                f"the validation text is not the one that {self.record.path} began with: go on with that, or start anew with "
+                f"trainer.resume={path} in another run_dir"
+            )
         try:
             self.batches.load_state_dict(meta["data"])
         except UserError as error:
@@ -724,6 +738,8 @@ class Trainer:
             "skipped": self.skipped,
             "meters": self.meters.state(time.perf_counter() - self.began, peak_memory(self.device)[0]),
             "optimizer": self.record.config["optimizer"],
+            "model": self.record.config["model"],
+            "validation": self.validation_rows,
             "data": self.batches.state_dict(),
         }
         t = self.cfg.trainer

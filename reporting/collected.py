@@ -23,7 +23,7 @@ from . import style, units
 from .pages import circumstances
 from .records import Run, find_runs
 from .sides import last_step, settings, state, value_text
-from .summary import best_cell, findings
+from .summary import best_cell, findings, selection_perplexity
 from .text import markdown
 
 if TYPE_CHECKING:
@@ -374,8 +374,16 @@ def _draw(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def _best(group: Sequence[Row]) -> list[Run] | None:
-    runs = [row.run for row in group if row.run and row.state == "ended"]
-    return best_cell(runs) if runs else None
+    """The runs of the best settings, one for each seed; settings of which a seed diverged are the last to be chosen."""
+    cells = []
+    for other in dict.fromkeys(row.other for row in group):
+        here = [row for row in group if row.other == other and row.run and row.state in ("ended", "diverged")]
+        if any(row.state == "ended" for row in here):
+            runs = [row.run for row in here if row.run]
+            cell = best_cell(runs)
+            cells.append((selection_perplexity(cell, runs), cell))
+    best = min(cells, key=lambda pair: pair[0], default=None)
+    return best[1] if best and math.isfinite(best[0]) else None
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -139,13 +139,15 @@ def content(figure: Figure) -> str:
     words, numbers = [figure.get_suptitle(), *(text.get_text() for text in figure.texts)], []
     for axes in figure.axes:
         words += [axes.get_title("left"), axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
-        words += [text.get_text() for text in axes.texts]
+        words += [text.get_text() for text in axes.texts] + [axes.get_xscale(), axes.get_yscale()]
+        ticks = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_majorticklabels()]
+        words += [tick for tick in ticks if any(letter.isalpha() for letter in tick)]  # numbers are matplotlib's choice
         numbers += [line.get_xydata() for line in axes.lines]
         numbers += [patch.get_path().transformed(patch.get_patch_transform()).vertices for patch in axes.patches]
         for drawn in axes.collections:
             numbers += [drawn.get_offsets(), *(path.vertices for path in drawn.get_paths())]
     legends = [*figure.legends, *(legend for axes in figure.axes if (legend := axes.get_legend()))]
-    words += [text.get_text() for legend in legends for text in legend.get_texts()]
+    words += [text.get_text() for legend in legends for text in (legend.get_title(), *legend.get_texts())]
     parts: list[Any] = [np.ma.asarray(part, float).filled(np.nan).ravel() for part in numbers]
     digits = [f"{x:.5g}" for part in parts for x in part]
     return "shows " + hashlib.sha256("\n".join([*words, *digits]).encode()).hexdigest()[:16]

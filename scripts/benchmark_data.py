@@ -31,7 +31,8 @@ import torch  # noqa: E402
 
 from benchmarking import record  # noqa: E402
 from data import Tokenizer, TrainingBatches, UserError, load_tokenizer, open_source  # noqa: E402
-from pretraining.record import environment, replace_text  # noqa: E402
+from pretraining.files import replace_text  # noqa: E402
+from pretraining.record import environment  # noqa: E402
 
 FORMAT = 1
 BATCH, LENGTH = 512, 256

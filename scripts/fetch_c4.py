@@ -31,6 +31,7 @@ from data import UserError  # noqa: E402
 from data.hub import HubFile, Repository, open_repository  # noqa: E402
 from data.mirror import MANIFEST, read_manifest, write_manifest  # noqa: E402
 from data.sources import shard_order  # noqa: E402
+from pretraining.lock import RunLock  # noqa: E402
 
 CONFIG = ROOT / "configs" / "data" / "c4.yaml"
 # Lower bounds. C4 en has 364,868,892 documents in 1,024 files, about 356,317 each; 2,000 of them have 491 T5 tokens on
@@ -98,7 +99,7 @@ def fetch(asked: argparse.Namespace, cfg: dict[str, Any]) -> None:
             f"{folder} has too little space: make room for {_gb(to_fetch - free)} more, or take fewer --steps."
         )
     if not asked.dry_run:
-        with tqdm(total=to_fetch, unit="B", unit_scale=True, disable=not missing) as bar:
+        with RunLock(folder / "fetch"), tqdm(total=to_fetch, unit="B", unit_scale=True, disable=not missing) as bar:
             for number, file in enumerate(missing, 1):
                 bar.set_description(f"file {number} of {len(missing)}")
                 digest = _fetch(repository, file, folder, bar)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
+from pretraining.files import replace_text  # noqa: E402
 from reporting import load_run, units, write_page  # noqa: E402
 from reporting.terminal import printing  # noqa: E402
 from sweeps import Plan, SearchSweep, Sweep, load_plan  # noqa: E402
@@ -156,15 +157,16 @@ def main(argv: Sequence[str] | None = None, **commands: Sequence[str]) -> int:
             options = read_options(asked.slurm, asked.option, plan.slurm)
             return _submit(Cluster(sweep, asked.executor, options, asked.jobs), asked)
         sweep.run()
-        _report(plan, out, asked.figure)
+        for why in sweep.failed.values():
+            print(f"error: {why}", file=sys.stderr)
+        if sweep.results or not sweep.failed:
+            _report(plan, out, asked.figure)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on with the runs that have not ended.", file=sys.stderr)
         return 130
-    for why in sweep.failed.values():
-        print(f"error: {why}", file=sys.stderr)
     return 1 if sweep.failed else 0
 
 
@@ -225,12 +227,12 @@ def _report(plan: Plan, out: Path, figure: Path | None) -> int:
 def note(out: Path, words: Sequence[str], jobs: int) -> None:
     """Keep how the sweep was run beside its records: the last command, and the most runs that shared the machine."""
     file = out / "sweep.yaml"
-    before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
     # data.path says something about this machine alone
     words = ["data.path=DIR" if word.startswith("data.path=") else word for word in words]
     out.mkdir(parents=True, exist_ok=True)
     kept = {"command": command_of(words), "jobs": max(jobs, before.get("jobs", 1))}
-    file.write_text(yaml.safe_dump(kept, width=1000), encoding="utf-8")
+    replace_text(file, yaml.safe_dump(kept, width=1000))
 
 
 def command_of(words: Sequence[str]) -> str:

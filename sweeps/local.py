@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from pretraining.files import replace_text
 from pretraining.lock import RunLock
 from reporting import RECORD_FILES, load_run, units
 from reporting.records import lookup
@@ -324,7 +325,12 @@ def asked_for(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:  # plain text, such as *.jsonl
+        return text
+    if isinstance(value, (dict, bool)) and text.lower() not in ("true", "false") and not text.startswith("{"):
+        return text  # "a: b" and yes, which are text for Hydra
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # 1e-05, a number for Hydra but none for YAML
             return float(value)
@@ -342,5 +348,5 @@ def divergence(text: str, folder: Path) -> dict[str, Any]:
 def _merge(file: Path, name: str, evaluated: Path) -> None:
     there: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     result = json.loads(evaluated.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**there, name: result}, indent=2) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps({**there, name: result}, indent=2) + "\n")
     evaluated.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ def _own_settings(run: Run) -> dict[str, Any]:
     given: Mapping[str, Any] = run.config.get("optimizer", {})
 
     def differs(key: str) -> bool:
-        interpolated = isinstance(defaults.get(key), str) and "${" in defaults[key]
-        return key != "name" and not interpolated and (key not in defaults or defaults[key] != given[key])
+        usual = defaults.get(key)
+        if isinstance(usual, str) and (name := re.fullmatch(r"\$\{optimizer\.(\w+)\}", usual)):
+            usual = given.get(name[1])
+        elif isinstance(usual, str) and "${" in usual:
+            return False  # of the run's own, such as its seed
+        return key != "name" and (key not in defaults or usual != given[key])
 
     return {"lr": run.lr, "adam_lr": run.adam_lr} | {key: given[key] for key in given if differs(key)}

@@ -17,6 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretraining.files import replace_text
+
 from .local import PRUNED, Running, Sweep
 from .plan import Job, Search
 
@@ -225,7 +227,7 @@ class SearchSweep(Sweep):
             return super()._end(entry)
         losses = dict(_evaluations(folder / "metrics.jsonl"))
         kept = {"step": step, "loss": losses.get(step), "by": self.search.prune}
-        (folder / PRUNED).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        replace_text(folder / PRUNED, json.dumps(kept, indent=2) + "\n")
         self._tidy(job)
         self._take(job)
         return f"pruned at step {step}"

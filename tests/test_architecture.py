@@ -32,7 +32,12 @@ MAY_IMPORT = {
     "pretraining": {"optimizers", "data"},
     "reporting": {"optimizers.memory"},
     "benchmarking": {"optimizers", "fisher", "data", "pretraining", "reporting", "sweeps.local"},
-    "sweeps": {"reporting", "pretraining.lock", "data.errors"},  # a run that others work on is left to them
+    "sweeps": {
+        "reporting",
+        "pretraining.files",
+        "pretraining.lock",
+        "data.errors",
+    },  # a run that others work on is left to them
 }
 # Costly or optional packages: imported inside the function that needs them, if at all.
 LAZY = {"wandb", "tensorboard", "matplotlib", "scipy", "optuna", "submitit"}

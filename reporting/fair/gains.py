@@ -121,9 +121,9 @@ def batch_runs(fair: Fair, model: str, method: str, tokens: str) -> tuple[list[R
 
 
 def unchanged(fair: Fair, model: str, method: str) -> Run | None:
-    """The run of one seed that a variant is held against: the method's best pair of stage 1 once more (fair_again).
+    """The run of one seed that a variant is held against: the method's best pair once more, by the code of the variants.
 
-    Until that has ended, stage 1's, which is the lowest of a grid and so lower than another of the same rates is likely to be.
+    Until that (fair_again) has ended, stage 1's, some of which are older.
     """
     return next(iter(fair.runs("fair_again", model, method)), fair.grid(model, method).best)
 

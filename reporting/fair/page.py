@@ -326,9 +326,8 @@ def _repeat(source: Source) -> str:
             "that is what rounding grows to within a run, and a smaller difference between two runs means nothing."
         )
     text += (
-        " Stage 1's run is the lowest of a grid by this one seed, so the other is more likely above it than below, and "
-        "what [was not tuned](#what-was-not-tuned) and [constants](#steps-between-refreshes-and-other-constants) are held "
-        "against the second."
+        " What [was not tuned](#what-was-not-tuned) and [constants](#steps-between-refreshes-and-other-constants) ran by the "
+        "code of the second and are held against it; its rates and seed are still those that were selected."
     )
     return source.part("fair_repeat", text, repeat(fair, source.out))
 

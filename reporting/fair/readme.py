@@ -15,14 +15,21 @@ BEGIN, END = "<!-- stage 2: python scripts/fair_report.py -->\n", "<!-- end of s
 
 
 def fill(page: str, fair: Fair, folder: Path) -> str:
-    """The page with the table as the records have it; a page without the marks as it is.
+    """The page with the table as the records have it.
 
     Args:
         folder: of the page, from which its links lead.
+
+    Raises:
+        ValueError: a mark is missing.
     """
     before, mark, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    return f"{before}{mark}\n{table(fair, folder)}\n\n{end}{after}" if end else page
+    if not end:
+        raise ValueError(
+            f"README.md has lost {(mark and END) or BEGIN.strip()}: put it back around the table of stage 2"
+        )
+    return f"{before}{mark}\n{table(fair, folder)}\n\n{end}{after}"
 
 
 def table(fair: Fair, folder: Path) -> str:

@@ -206,6 +206,9 @@ def expected(experiment: Experiment) -> dict[str, Any]:
         del values["optimizer.last_layer"]
     values |= experiment.settings
     values |= wanted(experiment)
+    for key, value in values.items():
+        if isinstance(value, str) and value.startswith("${optimizer."):  # Adam's group, where it is as the rest
+            values[key] = values.get(value[2:-1], value)
     return {
         key: value
         for key, value in values.items()

@@ -70,6 +70,15 @@ def test_both_layouts_and_other_prefixes(tmp_path: Path) -> None:
         texts({"kind": "c4_local", "path": str(tmp_path)})
 
 
+def test_another_column_is_another_source(tmp_path: Path) -> None:
+    write_shard(tmp_path / "c4-train.00000-of-00001.json.gz", ["some text"])
+
+    def identity(**column: str) -> str:
+        return open_source({"kind": "c4_local", "path": str(tmp_path), **column}, "train").identity
+
+    assert identity() == identity(text_column="text") != identity(text_column="summary")
+
+
 def test_a_copy_elsewhere_is_the_same_source_and_another_file_is_not(tmp_path: Path) -> None:
     def identity(folder: str, text: str) -> str:
         write_shard(tmp_path / folder / "c4-train.00000-of-00001.json.gz", [text])

@@ -393,6 +393,8 @@ def test_doors_of_evaluation_and_generation() -> None:
         (["-m", "seed=1"], "train", "one configuration"),
         (["--verbose"], "train", "--verbose"),
         ([], "eval", "checkpoint has no value: add checkpoint=..."),
+        (["++trainer.grad_clp=1.0"], "train", "there is no setting trainer.grad_clp"),
+        (["+trainer.micro_batchsize=4"], "train", "there is no setting trainer.micro_batchsize"),
         (["checkpoint=x", "device=null"], "eval", "device must be one of auto, cpu, cuda, not null"),
         (["checkpoint=x", "seed=null"], "generate", "seed must be a whole number"),
         (["checkpoint=x", "temperature=null"], "generate", "temperature must be a number"),

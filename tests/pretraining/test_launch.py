@@ -248,7 +248,7 @@ import datetime, json, os, signal, sys
 import torch, torch.distributed as dist
 from omegaconf import OmegaConf
 from data.errors import UserError
-from pretraining.launch import check_same_configuration, lost_contact
+from pretraining.launch import check_same_configuration, check_same_data, lost_contact
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
@@ -260,6 +260,11 @@ for name, settings in {
 }.items():
     try:
         check_same_configuration(OmegaConf.create(settings), 2)
+    except UserError as error:
+        found[name] = str(error)
+for name, text in {"same data": "a", "other data": f"of rank {rank}"}.items():
+    try:
+        check_same_data({"training text": "x", "validation rows": text}, 2)
     except UserError as error:
         found[name] = str(error)
 if rank == 1:
@@ -283,7 +288,10 @@ def test_ranks_compare_their_settings_and_notice_that_one_is_killed():
     )
     assert ours.pop("lost").startswith("rank 0 of 2 has lost the others (")
     assert ours == theirs  # every rank says the same, and names the first setting
-    assert set(ours) == {"another", "more"}
+    assert ours["other data"].startswith(
+        "ranks 0 and 1 read different data (validation rows differs): give all machines"
+    )
+    assert set(ours) == {"another", "more", "other data"}
     assert "run.dir is 'node0' on rank 0 and 'node1' on rank 1" in ours["another"]
     assert "run.old is 'not there' on rank 0 and None on rank 1" in ours["more"]
 

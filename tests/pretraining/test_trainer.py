@@ -1,8 +1,10 @@
 """The trainer end to end, on a model of a few thousand weights."""
 
+import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -412,6 +414,44 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, run, more, messa
     path = sorted((run / "checkpoints").iterdir())[0]
     with pytest.raises(UserError, match=message):
         train(config(tmp_path / "run", *more, f"trainer.resume={path}"))
+
+
+@pytest.mark.parametrize("setting", ["model.num_attention_heads=4", "model.rope_theta=50", "model.rms_norm_eps=0.1"])
+def test_weights_of_another_function_are_refused_though_their_shapes_agree(tmp_path, run, setting):
+    path = sorted((run / "checkpoints").iterdir())[0]
+    key, _, value = setting.partition("=")
+    with pytest.raises(UserError, match=f"was made with {key}=.*, not {value}"):
+        train(config(tmp_path / "run", setting, f"trainer.resume={path}"))
+
+
+def test_a_run_does_not_go_on_with_other_validation_text(tmp_path):
+    """Its training text, which the loader compares, is the same; the folder of both may move."""
+    sample = ROOT / "data/sample"
+    for name in ("a", "moved", "other"):
+        shutil.copytree(sample / "en", tmp_path / name / "en")
+    [file] = (tmp_path / "other/en").glob("c4-validation.*")
+    with gzip.open(file, "rt") as opened:
+        documents = opened.read().splitlines(keepends=True)
+    with gzip.open(file, "wt") as opened:
+        opened.writelines(documents[1:])
+    short = ["data=c4_local", "data.rows=pack", "data.length=32", "data.validation_max_tokens=2000", "trainer.steps=2",
+             "trainer.eval_every=2", "trainer.save_every=1"]  # fmt: skip
+    train(config(tmp_path / "run", *short, f"data.path={tmp_path / 'a'}"))
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(UserError, match=r"the validation text is not the one that .*run began with"):
+        train(config(tmp_path / "run", *short, f"data.path={tmp_path / 'other'}"))
+    train(config(tmp_path / "run", *short, f"data.path={tmp_path / 'moved'}"))
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_the_tokenizers_file_may_move(tmp_path):
+    short = ["trainer.steps=2", "trainer.eval_every=2", "trainer.save_every=1"]
+    for name in ("a.model", "b.model"):
+        shutil.copy(ROOT / "data/sample/sample_1k.model", tmp_path / name)
+    train(config(tmp_path / "run", *short, f"tokenizer={tmp_path / 'a.model'}"))
+    (tmp_path / "run/summary.json").unlink()
+    train(config(tmp_path / "run", *short, f"tokenizer={tmp_path / 'b.model'}"))
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_accelerates_own_precision_does_not_reach_the_run(tmp_path, run, monkeypatch):

@@ -538,7 +538,9 @@ def test_steps_between_refreshes_are_held_against_the_same_row_and_named_in_the_
 def test_the_readmes_table_is_of_the_seeds_that_all_methods_have(fair, whole):
     text = readme.fill(f"# Title\n{readme.BEGIN}old\n{readme.END}\nrest", fair, whole)
     assert text.startswith(f"# Title\n{readme.BEGIN}\n| ") and text.endswith(f"|\n\n{readme.END}\nrest")
-    assert readme.fill(text, fair, whole) == text and readme.fill("no marks", fair, whole) == "no marks"
+    assert readme.fill(text, fair, whole) == text
+    with pytest.raises(ValueError, match="lost <!-- end of stage 2 -->: put it back"):
+        readme.fill(text.replace(readme.END, ""), fair, whole)
     head, _, alice, *_ = (line for line in text.splitlines() if line.startswith("|"))
     assert "`llama_tiny`, 3 seeds | `llama_tiny_4k`, 3 seeds | `llama_tiny`, beta_2 0.95, 3 seeds" in head
     assert alice.startswith("| Alice | [50.00 ± 0.25](")

@@ -30,20 +30,29 @@ def texts(axes):
 def test_a_saved_picture_tells_what_it_shows(tmp_path):
     """So that one of older records is found out, whatever version of matplotlib has drawn it."""
 
-    def made(values=(1.0, 2.0), label="Alice", title="A title"):
+    def made(values=(1.0, 2.0), label="Alice", title="A title", names=("RACS", "Muon"), scale="linear"):
         figure, rc = style.figure(3.0, 2.0)
         with rc:
             axes = figure.add_subplot()
             axes.plot([1, 2], values, label=label)
             axes.bar([1, 2], [3.0, values[1]])
             axes.scatter([1, 2], values)
+            axes.set_xticks([1, 2], names)
+            axes.set_yscale(scale)
             axes.legend()
             style.title(figure, title)
         return figure
 
     for path in style.save_both(made(), tmp_path, "picture"):
         assert style.shows(path, made()) and style.shows(path, made((1.0, 2.0 + 1e-9)))
-        for other in (made((1.0, 2.001)), made(label="RACS"), made(title="Another")):
+        others = (
+            {"values": (1.0, 2.001)},
+            {"label": "RACS"},
+            {"title": "Another"},
+            {"names": ("Muon", "RACS")},
+            {"scale": "log"},
+        )
+        for other in (made(**changed) for changed in others):
             assert not style.shows(path, other)
 
 

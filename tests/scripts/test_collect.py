@@ -45,6 +45,14 @@ def rows(sweep):
     return {row["name"]: row for row in json.loads((sweep.out / "table.json").read_text())["runs"]}
 
 
+def test_the_best_has_no_diverged_seed_and_is_one_setting(sweep):
+    for lr, seed, how in ((0.02, 42, {"perplexity": 40.0}), (0.02, 43, {"diverged": 7}), (0.01, 42, {"perplexity": 50.0}),
+                          (0.01, 43, {"perplexity": 51.0})):  # fmt: skip
+        write_run(sweep.out / f"alice-lr{lr}-adam0.005-s{seed}", lr=lr, seed=seed, **how)
+    _, printed = sweep(GRID | {"seeds": [42, 43]})
+    assert "| llama_tiny | Alice | 0.01 | 0.005 |" in printed
+
+
 def test_every_run_of_a_grid_is_listed_with_what_became_of_it(sweep):
     grid(sweep.out)
     code, printed = sweep(GRID)

@@ -153,9 +153,13 @@ def test_activations_and_loss_are_the_measured_peak(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", memory.PRECISIONS)
 @pytest.mark.parametrize("model", ["llama_tiny", "llama_tiny_4k"])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_activations_and_the_loss_in_parts_are_the_measured_peak(model: str, rows: int, precision: str) -> None:
-    numbers, length = shape(model), 128  # 128 and 512 tokens: one part of them on a CPU as on a GPU
+@pytest.mark.parametrize(("rows", "part"), [(1, 512), (4, 512), (4, 96)])
+def test_activations_and_the_loss_in_parts_are_the_measured_peak(
+    model: str, rows: int, part: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(memory.CHUNK_TOKENS, device, part)
+    numbers, length = shape(model), 128
     loss = PretrainingLoss(build_model(numbers, dtype=weight_dtype(precision)), "chunked")
     ids = torch.randint(numbers["vocab_size"], (rows, length))
     places, targets = real_targets(ids)
@@ -171,7 +175,7 @@ def test_activations_and_the_loss_in_parts_are_the_measured_peak(model: str, row
     expected += memory.loss_bytes(numbers, rows, length, precision)
     # A CPU widens a bfloat16 summand as a whole before it is added to a float32 sum.
     widened = 0 if precision == "fp32" else 4 * numbers["vocab_size"] * numbers["hidden_size"]
-    assert measured == pytest.approx(expected + widened, rel=0.02)
+    assert measured == pytest.approx(expected + widened, rel=0.025)
 
 
 @pytest.mark.parametrize("name", ["galore", "alice", "racs"])

@@ -71,24 +71,34 @@ def test_a_recipe_that_is_there_stays(call, tmp_path):
     assert (tmp_path / "alice-llama_tiny.yaml").read_text() == "mine"
 
 
-def test_train_composes_to_the_same_settings_from_the_recipe(tmp_path):
-    """The recipe of a run that changed defaults of Alice, in a copy of configs/."""
+WORDS = {
+    "alice": [
+        "optimizer.adam_lr=3e-05",
+        "optimizer.tracking=false",
+        "optimizer.rank=16",
+        "optimizer.betas=[0.8,0.9,0.99]",
+    ],
+    "adam": ["optimizer.betas=[0.8,0.9]", "optimizer.adam_betas=[0.9,0.95]"],
+}
+
+
+@pytest.mark.parametrize("method", WORDS)
+def test_train_composes_to_the_same_settings_from_the_recipe(tmp_path, method):
+    """The recipe of a run that changed defaults, in a copy of configs/."""
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", configs)
 
     def composed(*overrides):
         with initialize_config_dir(version_base=None, config_dir=str(configs)):
-            return compose("train", overrides=["experiment=quickstart", "optimizer=alice", *overrides])
+            return compose("train", overrides=["experiment=quickstart", f"optimizer={method}", *overrides])
 
-    words = ["optimizer.lr=0.0123", "optimizer.adam_lr=3e-05", "optimizer.tracking=false", "optimizer.rank=16",
-             "optimizer.betas=[0.8,0.9,0.99]", "trainer.steps=77"]  # fmt: skip
-    wanted = composed(*words)
-    run = write_run(tmp_path / "run", perplexity=60.0)
+    wanted = composed("optimizer.lr=0.0123", "trainer.steps=77", *WORDS[method])
+    run = write_run(tmp_path / "run", optimizer=method, perplexity=60.0)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["optimizer"] = OmegaConf.to_container(wanted.optimizer, resolve=False)
+    config["optimizer"] = OmegaConf.to_container(wanted.optimizer, resolve=True)
     config["trainer"] = {key: wanted.trainer[key] for key in ("steps", "batch_size", "warmup_fraction", "min_lr_ratio")}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (configs / "recipe/alice-llama_tiny.yaml").unlink()
+    (configs / f"recipe/{method}-llama_tiny.yaml").unlink()
     write_recipe(load_run(run), configs / "recipe", "plan", 1)
     found = composed()
     assert found.optimizer == wanted.optimizer and found.trainer == wanted.trainer

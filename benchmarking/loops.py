@@ -31,7 +31,7 @@ from pretraining.model import build_model, choose_attention, weight_dtype
 from pretraining.plan import Plan, make_plan, micro_batch_rows
 from pretraining.record import read_lines
 from pretraining.schedule import rate_factor
-from pretraining.throughput import peak_memory
+from pretraining.throughput import keep_freed_memory, peak_memory
 
 FIRST = 10  # steps whose losses are kept for comparison
 
@@ -148,11 +148,8 @@ class Paced:
 
 def ours(job: Job, ready: Callable[[dict[str, Any]], None]) -> None:
     """`Trainer.run` as train.py calls it, with its loader, record and checks."""
-    from pretraining.throughput import keep_freed_memory
     from pretraining.trainer import Trainer
 
-    if job.plan.device.type == "cpu":
-        keep_freed_memory()  # as pretraining.trainer.train does
     trainer = Trainer(job.cfg, job.plan)
     trainer.batches = Paced(trainer.batches, job)  # type: ignore[assignment]
     ready(facts(job, trainer.model, trainer.optimizer))
@@ -331,8 +328,13 @@ def serve(spec: dict[str, Any], receive: Callable[[], Any], send: Callable[[dict
         plan = make_plan(cfg)
         turns = Turns(plan.device, receive, send, share=spec["share"])
         job = Job(cfg, plan, turns, micro_batch_rows(cfg, cfg.trainer.batch_size, plan.device))
+        # As train.py does, and for every loop: it is worth a sixth of a small model's step
+        shared = {
+            "threads": torch.get_num_threads(),
+            "keeps_freed_memory": plan.device.type == "cpu" and keep_freed_memory(),
+        }
         with suppress(Ended):
-            LOOPS[spec["loop"]](job, lambda found: send({"ready": {**found, "threads": torch.get_num_threads()}}))
+            LOOPS[spec["loop"]](job, lambda found: send({"ready": {**found, **shared}}))
         memory, kind = peak_memory(plan.device)
         end = {"losses": job.losses, "tokens_per_step": job.tokens, "optimizer_ms": job.optimizer_ms}
         send({"end": {**end, "peak_memory_bytes": memory, "peak_memory_kind": kind}})

@@ -35,7 +35,16 @@ FORMAT = 1
 COMMAND = (sys.executable, "-m", "benchmarking.loops")  # of a contestant's process
 RIVALS = {"transformers": "transformers.Trainer", "galore_style": "GaLore-style loop"}
 BASE = "transformers"  # what ratios are to
-EQUAL = ("tokens_per_step", "parameters_updated", "dtype", "autocast", "attention", "rows_per_pass", "threads")
+EQUAL = (
+    "tokens_per_step",
+    "parameters_updated",
+    "dtype",
+    "autocast",
+    "attention",
+    "rows_per_pass",
+    "threads",
+    "keeps_freed_memory",
+)
 # How far the losses of the first steps may lie apart, relatively. The loops sum in different orders; in bfloat16 a
 # weight has 8 bits, and an update that rounds the other way is seen in the next loss.
 TOLERANCE = {"fp32": 1e-4, "bf16_mixed": 2e-3, "bf16": 5e-3}

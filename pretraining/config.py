@@ -84,7 +84,7 @@ _OTHERS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Refuse what Hydra takes, but nothing here can work with."""
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    known = OmegaConf.load(CONFIGS / "train.yaml")
+    known: Any = OmegaConf.load(CONFIGS / "train.yaml")
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         section, _, name = key.partition(".")

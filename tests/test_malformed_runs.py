@@ -403,8 +403,8 @@ def test_the_run_itself_resumes(copy: Path, trainer: Trainer) -> None:
 OF_ANOTHER = {
     "optimizer": "was made with optimizer",
     "rank": "was made with optimizer.rank=4, not 8",
-    "width": "is of another model",
-    "depth": "is of another model",
+    "width": "was made with model.intermediate_size=40, not 48",
+    "depth": "was made with model.num_hidden_layers=1, not 2",
     "seed": "was made with optimizer.seed=7, not 42",
     "rows": "length was 16 and is 32",
 }

@@ -115,6 +115,7 @@ def options(name: str) -> dict[str, Any]:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     values |= {key: min(value, values[key]) for key, value in SMALL.items() if values.get(key) is not None}
     values |= {key: 0 for key, value in values.items() if value == "${seed}"}
+    values |= {key: values[x[12:-1]] for key, x in values.items() if str(x).startswith("${optimizer.")}
     values |= declared(name).options
     return {key: value for key, value in values.items() if key != "name"}
 

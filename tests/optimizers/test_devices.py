@@ -46,6 +46,7 @@ def configured(name: str, model: torch.nn.Module, **more: Any) -> torch.optim.Op
     values: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "optimizer" / f"{name}.yaml").read_text())
     values |= {key: min(most, values[key]) for key, most in SMALL.items() if values.get(key) is not None}
     values |= {key: 0 for key, value in values.items() if value == "${seed}"}
+    values |= {key: values[x[12:-1]] for key, x in values.items() if str(x).startswith("${optimizer.")}
     del values["name"]
     return create(name, model, verbose=False, **values | more)
 

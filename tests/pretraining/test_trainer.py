@@ -476,7 +476,7 @@ def test_checkpoints_are_pruned_and_those_of_other_models_refused(tmp_path, run)
     other = config(
         tmp_path / "other", "model.num_hidden_layers=1", f"trainer.resume={tmp_path}/run/checkpoints/step-0000006"
     )
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match=r"was made with model.num_hidden_layers=2, not 1"):
         train(other)
     with pytest.raises(UserError, match="not a whole checkpoint"):
         train(config(tmp_path / "third", f"trainer.resume={tmp_path}/nowhere"))

@@ -31,6 +31,8 @@ def test_a_record_changes_the_tables_and_check_notices(
 ) -> None:
     monkeypatch.setattr(script, "computed_memory", lambda paper, convention: {})
     monkeypatch.setattr(script, "draw_all", lambda out, runs, memory: pretend(out))
+    old = []
+    monkeypatch.setattr(script, "stale", lambda out, runs, memory: old)
     (tmp_path / "runs").mkdir()
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     assert script.main(where) == 0
@@ -45,6 +47,18 @@ def test_a_record_changes_the_tables_and_check_notices(
     assert "results/tables/table5.md" in said and "table4.md" not in said
     assert script.main([*where, "--no-figures"]) == 0 and script.main([*where, "--check"]) == 0
     assert "26.50" in (tmp_path / "results" / "tables" / "table5.md").read_text()
+    old.append(tmp_path / "results/figures/paper/figure5.svg")
+    assert script.main([*where, "--check"]) == 1 and script.main([*where, "--check", "--no-figures"]) == 0
+    assert "error: results/figures/paper/figure5.svg shows something else than the records." in capsys.readouterr().err
+
+
+def test_a_picture_of_other_records_is_stale(tmp_path: Path) -> None:
+    from reporting.paper.figures import draw, stale
+
+    drawn = draw("speedups", tmp_path, tmp_path / "none")
+    assert stale(tmp_path, tmp_path / "none") == []
+    drawn[0].write_bytes(b"another picture")
+    assert stale(tmp_path, tmp_path / "none") == drawn[:1]
 
 
 def pretend(out: Path) -> list[Path]:

@@ -567,7 +567,7 @@ def parts(rank: int, folder: Path) -> Facts:
 
 def work(folder: str) -> None:
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # else a rank that fails is waited for
+    dist.init_process_group("gloo", timeout=timedelta(seconds=180))  # else a rank that fails is waited for
     facts = every_method(rank)
     facts |= parts(rank, Path(folder))
     torch.save(facts, f"{folder}/found-{rank}.pt")

@@ -407,12 +407,9 @@ def validate(cfg: DictConfig) -> None:
             continue
         value = OmegaConf.select(cfg, key)
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        own = (
-            value is None
-            and not training
-            and key not in ("checkpoint", "device", *(_WRITING if "prompt" in cfg else ()))
-        )
-        if not holds(value) and not own:  # in the other doors null is the run's own value, where it has one
+        # In the other doors null is the run's own value, where it has one.
+        needed = training or key in ("checkpoint", "device") or ("prompt" in cfg and key in _WRITING)
+        if not holds(value) and (value is not None or needed):
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
             raise UserError(f"{key} must be {words}, not {shown}.")
     if training:

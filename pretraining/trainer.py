@@ -194,8 +194,10 @@ class Trainer:
             cfg.data.validation_max_tokens,
             cfg.data.attention,
         )
-        rows = (x.contiguous().numpy().tobytes() for x in self.validation)
-        self.validation_rows = hashlib.sha256(b"".join(rows)).hexdigest()
+        digest = hashlib.sha256()
+        for tensor in self.validation:
+            digest.update(tensor.contiguous().numpy())
+        self.validation_rows = digest.hexdigest()
         facts = {
             "training text": self.source.identity,
             "validation rows": self.validation_rows,

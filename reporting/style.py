@@ -141,9 +141,7 @@ def content(figure: Figure) -> str:
         words += [axes.get_title("left"), axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
         words += [text.get_text() for text in axes.texts] + [axes.get_xscale(), axes.get_yscale()]
         ticks = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_majorticklabels()]
-        words += [
-            tick for tick in ticks if tick[:1].isalpha()
-        ]  # names; which numbers stand there is matplotlib's choice
+        words += [tick for tick in ticks if tick[:1].isalpha()]  # names, not numbers, which matplotlib chooses
         numbers += [line.get_xydata() for line in axes.lines]
         numbers += [patch.get_path().transformed(patch.get_patch_transform()).vertices for patch in axes.patches]
         for drawn in axes.collections:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
+from data.lines import misfit
 
 from .files import replace_text
 
@@ -256,6 +257,17 @@ def read_config(file: Path) -> dict[str, Any]:
             "train anew with trainer.resume=never, which keeps the folder under another name"
         ) from error
     return values  # type: ignore[return-value]
+
+
+def at_its_commit(data: DictConfig, run_dir: Path) -> DictConfig:
+    """The data settings of a run, at the commit of the data set that it began with: a branch may have moved since."""
+    file = run_dir / "environment.json"
+    if data.get("kind") != "hub" or not file.exists():
+        return data
+    began = read_json(file)
+    if misfit(began, {"data": {"train": {"revision": str}}}) is not None:
+        return data
+    return OmegaConf.merge(data, {"revision": began["data"]["train"]["revision"]})  # type: ignore[return-value]
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from .config import RULES
 from .evaluation import Evaluation, evaluate
 from .model import build_model, choose_attention, weight_dtype
 from .plan import choose_device, choose_precision
-from .record import read_config, read_json
+from .record import at_its_commit, read_config, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,7 @@ def open_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Pre
 def evaluate_saved(cfg: DictConfig) -> Evaluation:
     """The validation loss of ``cfg.checkpoint``, on its run's data unless ``cfg.data`` names others."""
     saved = open_saved(cfg)
-    data = cfg.data if cfg.get("data") else saved.cfg.data
+    data = cfg.data if cfg.get("data") else at_its_commit(saved.cfg.data, _run_folder(Path(cfg.checkpoint)))
     rows = validation_rows(
         open_source(data, split="validation"),
         saved.tokenizer,

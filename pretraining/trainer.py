@@ -44,7 +44,7 @@ from .loss import PretrainingLoss, real_targets, target_count
 from .model import build_model, choose_attention, compile_layers, weight_dtype
 from .parallel import PATIENCE, Parallel
 from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows
-from .record import RunRecord, environment, read_json, read_lines, set_aside
+from .record import RunRecord, at_its_commit, environment, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
 from .signals import Stopped, StopSignals
 from .storage import check_folder
@@ -184,8 +184,9 @@ class Trainer:
             )
         if self.main:
             self._check_room()
-        self.source = open_source(cfg.data, split="train")
-        self.validation_source = open_source(cfg.data, split="validation")
+        data = at_its_commit(cfg.data, run_dir)
+        self.source = open_source(data, split="train")
+        self.validation_source = open_source(data, split="validation")
         self.validation = validation_rows(
             self.validation_source,
             self.tokenizer,
@@ -196,7 +197,7 @@ class Trainer:
         )
         digest = hashlib.sha256()
         for tensor in self.validation:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         self.validation_rows = digest.hexdigest()
         facts = {
             "training text": self.source.identity,

@@ -26,11 +26,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from data.errors import UserError
+from data.sources import open_source
 from pretraining import checkpoint, lock, storage
 from pretraining import trainer as trainer_module
 from pretraining.config import compose
 from pretraining.lock import RunLock
 from pretraining.record import _flatten, without_younger
+from pretraining.restore import evaluate_saved
 from pretraining.signals import EXIT_CODE, STOPPING, Stopped, StopSignals
 from pretraining.trainer import NonFiniteLoss, Trainer, make_plan, train
 
@@ -124,6 +126,37 @@ def test_a_signal_during_an_evaluation_waits_for_none_of_it(run, tmp_path, monke
     assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [4]
     train(config(tmp_path / "run", *settings))
     assert losses(tmp_path / "run") == losses(run)
+
+
+def test_a_run_stays_at_the_commit_of_the_data_set_that_it_began_with(tmp_path, monkeypatch):
+    """The set's branch moves while the run stands still; the sample's text stands for the set's."""
+    branch = ["a" * 40]
+
+    def open_hub(cfg, split, on_error):
+        source = open_source({"kind": "sample"}, split)
+        source.description["revision"] = cfg["revision"] or branch[0]
+        return source
+
+    monkeypatch.setattr("data.sources._open_hub", open_hub)
+    settings = ["data=hub", "data.name=some/set", "data.length=32", "data.validation_max_tokens=2000"]
+    with monkeypatch.context() as patch:
+        send_at(patch, 3)
+        with pytest.raises(Stopped, match="after step 3, which is saved"):
+            train(config(tmp_path / "run", *settings))
+    branch[0] = "b" * 40
+    train(config(tmp_path / "run", *settings))
+    environment = json.loads((tmp_path / "run/environment.json").read_text())
+    began, (resumed,) = environment["data"], environment["resumed"]
+    assert began["train"]["revision"] == "a" * 40 and resumed["data"] == began
+    train(config(tmp_path / "new", *settings))
+    assert json.loads((tmp_path / "new/environment.json").read_text())["data"]["train"]["revision"] == "b" * 40
+
+    revisions = []
+    monkeypatch.setattr(
+        "data.sources._open_hub", lambda cfg, *rest: revisions.append(cfg["revision"]) or open_hub(cfg, *rest)
+    )
+    evaluate_saved(compose([f"checkpoint={tmp_path / 'run'}"], root="eval"))
+    assert revisions == ["a" * 40]
 
 
 def test_a_signal_without_checkpoints_says_that_nothing_is_saved(tmp_path, monkeypatch):
@@ -377,9 +410,6 @@ def test_the_one_before_can_be_resumed_as_offered(copy, run):
 
 
 def test_eval_refuses_a_damaged_checkpoint(copy):
-    from pretraining.config import compose
-    from pretraining.restore import evaluate_saved
-
     path = copy / "checkpoints/step-0000004"
     file = next(path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])

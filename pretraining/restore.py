@@ -148,6 +148,9 @@ def evaluate_saved(cfg: DictConfig) -> Evaluation:
         data.validation_max_tokens,
         data.get("attention", "row"),
     )
+    if data.length != saved.cfg.data.length:
+        own = saved.cfg.data.length
+        print(f"rows of {data.length} tokens, where the run had {own}: data.length={own} evaluates at its own length")
     batch_size = cfg.eval.batch_size or saved.cfg.eval.batch_size
     galore_rows = cfg.eval.galore_rows or saved.cfg.eval.galore_rows
     result = evaluate(saved.model, rows, batch_size, galore_rows, autocast=saved.autocast)

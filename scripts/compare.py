@@ -1,7 +1,7 @@
 """Show what differs between two runs, or two configurations with several seeds each: settings, data, result, speed.
 
     python scripts/compare.py RUN RUN
-    python scripts/compare.py 'results/runs/compare/adam-lr0.001-adam0.02-s*' 'results/runs/compare/muon-lr0.02-adam0.02-s*'
+    python scripts/compare.py 'results/runs/fair_best/llama_tiny/adam-s4*' 'results/runs/fair_best/llama_tiny/muon-s4*'
     python scripts/compare.py RUN RUN --json difference.json
 
 RUN is the folder of a run, a folder that holds the seeds of one configuration, a pattern in quotes, or several of these with

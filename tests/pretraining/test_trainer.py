@@ -264,6 +264,15 @@ def test_eval_reproduces_the_last_perplexity(run):
         assert result.perplexity_galore == expected["perplexity_galore"]
 
 
+def test_eval_says_where_other_data_have_rows_of_another_length(run, capsys):
+    other = [f"checkpoint={run}", "data=sample", "data.validation_max_tokens=2000"]
+    same = evaluate_saved(compose([*other, "data.length=32"], root="eval"))
+    assert same.perplexity == json.loads((run / "summary.json").read_text())["perplexity"]
+    assert "rows of" not in capsys.readouterr().out
+    evaluate_saved(compose(other, root="eval"))
+    assert "rows of 256 tokens, where the run had 32: data.length=32 evaluates at" in capsys.readouterr().out
+
+
 def test_a_report_makes_its_folder_or_says_that_it_cannot(tmp_path):
     write_report(tmp_path / "a/b/report.json", {"loss": 1.5})
     assert json.loads((tmp_path / "a/b/report.json").read_text()) == {"loss": 1.5}

@@ -79,7 +79,7 @@ class Alice(MatrixOptimizer):
             multiply, and "fira_plus", whose norm is that of U omega, so that the limiter has nothing to do.
         initial_basis: what the first refresh starts from, where ``switching`` keeps Ritz vectors. "evd": the singular vectors
             of the first gradient, as the text of section 5 means; "gaussian": a random orthonormal U_0; "zeros": U_0 = 0 as
-            printed, which makes the first basis the first r unit vectors.
+            printed, whose QR gives the first r unit vectors, within which the first refresh then turns.
         tracking_basis: at a refresh "printed" keeps the numbers of Q~, although they belong to the old basis;
             "rotated" expresses it in the new one.
         update_times: "printed", t = 1, K, 2K, ...; "zero_based", t = 1, K + 1, 2K + 1, ... as GaLore's code.

@@ -13,7 +13,7 @@ BASES = (("L", "U_L"), ("R", "U_R"))
 
 
 class SOAP(MatrixOptimizer):
-    r"""Adam's second moment in the eigenbases of the two gradient covariances (AdaDiag++).
+    r"""Adam's second moment in the eigenbases of the two gradient covariances.
 
     Each matrix W [m, n], m <= n (a taller one is transposed), is updated by
 

@@ -95,6 +95,17 @@ class RunRecord:
                 "run_dir, or train anew with trainer.resume=never, which keeps the old folder under another name"
             )
 
+    def refuse_another_tokenizer(self, name: str, fingerprint: str) -> None:
+        """Its file may have moved; what it is may not have changed. Raises UserError."""
+        file = self.path / "environment.json"
+        there = read_json(file) if file.exists() else {}
+        known = misfit(there, {"tokenizer": {"fingerprint": str}}) is None
+        if known and there["tokenizer"]["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{self.path} holds a run with another tokenizer than {name}: choose another run_dir, or train anew with "
+                "trainer.resume=never, which keeps the old folder under another name"
+            )
+
     def start(self, environment: Mapping[str, Any], step: int, evaluated: bool = True) -> None:
         """Begin to write, after ``step`` finished steps: what tells of later ones is dropped.
 
@@ -260,14 +271,19 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def at_its_commit(data: DictConfig, run_dir: Path) -> DictConfig:
-    """The data settings of a run, at the commit of the data set that it began with: a branch may have moved since."""
-    file = run_dir / "environment.json"
-    if data.get("kind") != "hub" or not file.exists():
+    """These settings, at the commit that a run of the same branch began with: the branch may have moved since."""
+    files = run_dir / "environment.json", run_dir / "config.yaml"
+    if data.get("kind") != "hub" or not all(file.exists() for file in files):
         return data
-    began = read_json(file)
-    if misfit(began, {"data": {"train": {"revision": str}}}) is not None:
+    began, there = read_json(files[0]), read_config(files[1])
+    known = misfit(began, {"data": {"train": {"revision": str}}}) is None and misfit(there, {"data": {}}) is None
+    if not known or any(there["data"].get(key) != data.get(key) for key in ("name", "revision")):
         return data
-    return OmegaConf.merge(data, {"revision": began["data"]["train"]["revision"]})  # type: ignore[return-value]
+    return at_commit(data, began["data"]["train"]["revision"])
+
+
+def at_commit(data: DictConfig, commit: str) -> DictConfig:
+    return OmegaConf.merge(data, {"revision": commit})  # type: ignore[return-value]
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ from .loss import PretrainingLoss, real_targets, target_count
 from .model import build_model, choose_attention, compile_layers, weight_dtype
 from .parallel import PATIENCE, Parallel
 from .plan import Plan, data_workers, make_optimizer, make_plan, micro_batch_rows
-from .record import RunRecord, at_its_commit, environment, read_json, read_lines, set_aside
+from .record import RunRecord, at_commit, at_its_commit, environment, read_config, read_json, read_lines, set_aside
 from .schedule import rate_factor, set_rates
 from .signals import Stopped, StopSignals
 from .storage import check_folder
@@ -100,7 +100,9 @@ def train(cfg: DictConfig) -> Path | None:
     finished = run_dir / "summary.json"
     if cfg.trainer.resume == "auto" and finished.exists():
         cfg.trainer.precision = plan.precision
-        RunRecord(run_dir, cfg, write=False)  # another configuration is refused first
+        record = RunRecord(run_dir, cfg, write=False)  # another configuration is refused first
+        if cfg.tokenizer != read_config(run_dir / "config.yaml").get("tokenizer"):
+            record.refuse_another_tokenizer(cfg.tokenizer, load_tokenizer(cfg.tokenizer).fingerprint)
         read_json(finished)  # and a damaged file
         if main:
             RunLock(run_dir).remove_if_stale()  # of a process that was killed at its very end
@@ -182,11 +184,16 @@ class Trainer:
                 f"the tokenizer {cfg.tokenizer} has {self.tokenizer.vocab_size:,} pieces, but {cfg.model.name} has "
                 f"{cfg.model.vocab_size:,}: set tokenizer, or model.vocab_size={self.tokenizer.vocab_size}"
             )
+        self.record.refuse_another_tokenizer(cfg.tokenizer, self.tokenizer.fingerprint)
         if self.main:
             self._check_room()
-        data = at_its_commit(cfg.data, run_dir)
-        self.source = open_source(data, split="train")
-        self.validation_source = open_source(data, split="validation")
+        resume = Path(cfg.trainer.resume)
+        began = run_dir if cfg.trainer.resume in ("auto", "never") else resume.parent.parent
+        self.data = at_its_commit(cfg.data, began)
+        self.source = open_source(self.data, split="train")
+        if self.data.kind == "hub":  # looked up once
+            self.data = at_commit(self.data, self.source.description["revision"])
+        self.validation_source = open_source(self.data, split="validation")
         self.validation = validation_rows(
             self.validation_source,
             self.tokenizer,
@@ -269,7 +276,7 @@ class Trainer:
         )
 
     def _make_batches(self) -> TrainingBatches | PublishedBatches:
-        data, ranks = self.cfg.data, self.accelerator
+        data, ranks = self.data, self.accelerator
         where = {"rank": ranks.process_index, "world_size": ranks.num_processes}
         if data.protocol == "published":
             from data.published import PublishedBatches

@@ -9,6 +9,7 @@ command goes on where it was, also with more steps. Every file is checked agains
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
@@ -17,7 +18,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,34 @@ def fetch(asked: argparse.Namespace, cfg: dict[str, Any]) -> None:
         raise UserError(
             f"{folder} has too little space: make room for {_gb(to_fetch - free)} more, or take fewer --steps."
         )
-    if not asked.dry_run:
-        with RunLock(folder / "fetch"), tqdm(total=to_fetch, unit="B", unit_scale=True, disable=not missing) as bar:
+    if missing and not asked.dry_run:
+        with _alone_in(folder), tqdm(total=to_fetch, unit="B", unit_scale=True) as bar:
+            verified = verified_files(folder, repository)  # another call may have ended meanwhile
             for number, file in enumerate(missing, 1):
                 bar.set_description(f"file {number} of {len(missing)}")
                 digest = _fetch(repository, file, folder, bar)
                 verified[file.path] = {"size": file.size, "sha256": digest}
                 _write(folder, repository, verified)
     print(f"To train on it: {train_command(asked, folder)}")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other calls out. Raises `UserError`."""
+    lock = RunLock(folder / "fetch")
+    try:
+        lock.__enter__()
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            why = error.__cause__.strerror or error.__cause__
+            raise UserError(f"{folder} cannot be written ({why}): choose another folder for --to.") from error
+        raise UserError(
+            f"Another call is fetching into {folder}: let it end, or choose another folder for --to."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
 
 
 def verified_files(folder: Path, repository: Repository) -> dict[str, dict[str, Any]]:

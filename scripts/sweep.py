@@ -21,6 +21,7 @@ import os
 import shlex
 import signal
 import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -232,7 +233,7 @@ def note(out: Path, words: Sequence[str], jobs: int) -> None:
     words = ["data.path=DIR" if word.startswith("data.path=") else word for word in words]
     out.mkdir(parents=True, exist_ok=True)
     kept = {"command": command_of(words), "jobs": max(jobs, before.get("jobs", 1))}
-    replace_text(file, yaml.safe_dump(kept, width=1000))
+    replace_text(file, yaml.safe_dump(kept, width=1000), draft=uuid.uuid4().hex)  # calls may run side by side
 
 
 def command_of(words: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ import data.hub
 from data import Tokenizer, TrainingBatches, UserError, open_source
 from data.mirror import read_manifest
 from data.sources import shard_order
+from pretraining.lock import RunLock
 
 from .standin import COMMIT, NAME, Fault, Hub
 
@@ -209,6 +210,33 @@ def test_a_dry_run_writes_nothing(hub: Hub, tmp_path: Path, capsys: pytest.Captu
     assert fetch(tmp_path / "deep" / "mirror", "--dry-run") == 0
     assert "need 4 files" in capsys.readouterr().out
     assert not (tmp_path / "deep").exists() and hub.count("bytes") == 0
+
+
+def test_two_calls_do_not_fill_one_folder(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mirror"
+    with RunLock(folder / "fetch"):
+        assert fetch(folder) == UserError.exit_code
+        assert f"Another call is fetching into {folder}: let it end" in capsys.readouterr().err
+        assert fetch(folder, "--dry-run") == 0
+    assert fetch(folder) == 0 and there(folder) == wanted(2)
+    with RunLock(folder / "fetch"):  # nothing is missing, nothing is written: the folder may be read-only
+        assert fetch(folder) == 0
+
+
+def test_what_another_call_has_fetched_meanwhile_stays_verified(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fetch_c4._alone_in
+
+    def late(folder: Path) -> Any:
+        monkeypatch.setattr(fetch_c4, "_alone_in", original)
+        assert fetch(folder, steps=8) == 0
+        return original(folder)
+
+    monkeypatch.setattr(fetch_c4, "_alone_in", late)
+    assert fetch(tmp_path) == 0
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and set(manifest["files"]) == there(tmp_path) > wanted(2)
 
 
 def test_a_disk_that_is_too_small(

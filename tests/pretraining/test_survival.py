@@ -148,8 +148,12 @@ def test_a_run_stays_at_the_commit_of_the_data_set_that_it_began_with(tmp_path, 
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     began, (resumed,) = environment["data"], environment["resumed"]
     assert began["train"]["revision"] == "a" * 40 and resumed["data"] == began
-    train(config(tmp_path / "new", *settings))
-    assert json.loads((tmp_path / "new/environment.json").read_text())["data"]["train"]["revision"] == "b" * 40
+    saved = tmp_path / "run/checkpoints/step-0000008"
+    train(config(tmp_path / "branched", *settings, "trainer.steps=10", f"trainer.resume={saved}"))
+    train(config(tmp_path / "new", *settings, "trainer.steps=1"))
+    for name, letter in (("branched", "a"), ("new", "b")):
+        environment = json.loads((tmp_path / name / "environment.json").read_text())
+        assert environment["data"]["train"]["revision"] == letter * 40
 
     revisions = []
     monkeypatch.setattr(
@@ -157,6 +161,29 @@ def test_a_run_stays_at_the_commit_of_the_data_set_that_it_began_with(tmp_path, 
     )
     evaluate_saved(compose([f"checkpoint={tmp_path / 'run'}"], root="eval"))
     assert revisions == ["a" * 40]
+
+
+def test_a_branch_is_looked_up_once_for_all_parts_of_a_run(tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def published(cfg, *_, **__):
+        opened.append(cfg.revision)
+        raise Reached
+
+    def open_hub(cfg, split, on_error):
+        opened.append(cfg["revision"])
+        source = open_source({"kind": "sample"}, split)
+        source.description["revision"] = "a" * 40
+        return source
+
+    opened: list[str | None] = []
+    monkeypatch.setattr("data.sources._open_hub", open_hub)
+    monkeypatch.setattr("data.published.PublishedBatches", published)
+    settings = ["data=hub", "data.name=some/set", "data.rows=truncate", "data.protocol=published"]
+    with pytest.raises(Reached):
+        train(config(tmp_path / "run", *settings))
+    assert opened == [None, "a" * 40, "a" * 40]
 
 
 def test_a_signal_without_checkpoints_says_that_nothing_is_saved(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from data import load_tokenizer
 from data.errors import UserError
 from pretraining import checkpoint
 from pretraining.config import compose, validate
@@ -460,7 +461,19 @@ def test_the_tokenizers_file_may_move(tmp_path):
     train(config(tmp_path / "run", *short, f"tokenizer={tmp_path / 'a.model'}"))
     (tmp_path / "run/summary.json").unlink()
     train(config(tmp_path / "run", *short, f"tokenizer={tmp_path / 'b.model'}"))
-    assert (tmp_path / "run/summary.json").exists()
+    summary = tmp_path / "run/summary.json"
+    assert summary.exists()
+
+    train(config(tmp_path / "run", *short, f"tokenizer={tmp_path / 'a.model'}"))
+    with pytest.raises(
+        UserError, match="run holds a run with another tokenizer than sample_4k: choose another run_dir"
+    ):
+        train(config(tmp_path / "run", *short, "tokenizer=sample_4k"))
+    summary.unlink()
+    file = tmp_path / "run/environment.json"
+    file.write_text(file.read_text().replace(load_tokenizer("sample_1k").fingerprint, "another"))
+    with pytest.raises(UserError, match=r"another tokenizer than .*a.model"):
+        train(config(tmp_path / "run", *short, f"tokenizer={tmp_path / 'a.model'}"))
 
 
 def test_accelerates_own_precision_does_not_reach_the_run(tmp_path, run, monkeypatch):

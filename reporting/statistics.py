@@ -94,7 +94,8 @@ def welch(first: Sequence[float], second: Sequence[float], level: float = 1 - AL
         return Welch(None, why=ONE_SIDE if first or second else "no run has ended")
     diverged = [sum(not math.isfinite(x) for x in values) for values in (first, second)]
     if any(diverged):
-        counts = [f"{bad} of {len(x)}" for bad, x in zip(diverged, (first, second), strict=True) if bad]
+        whose = (" of the reference", "")
+        counts = [f"{bad} of {len(x)}{of}" for bad, x, of in zip(diverged, (first, second), whose, strict=True) if bad]
         return Welch(None, why=f"{' and '.join(counts)} diverged: no test")
     difference = statistics.fmean(second) - statistics.fmean(first)
     if min(len(first), len(second)) < 2:

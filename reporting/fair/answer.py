@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from .. import units
 from ..paper.numbers import load_paper
 from ..records import Run
 from ..statistics import Verdict, in_general, mean
-from .gains import batch_runs, by_interval, gain, gains, grown, long_runs, owed, settled, untuned_changes
+from .gains import batch_runs, by_interval, gain, gains, growing, long_runs, owed, settled, untuned_changes
 from .records import AGAIN, OWED, PLAIN, REFERENCE, Fair, Row, ablations, again, against_plain, lowest, methods, repeats
 
 CANDIDATES = ("alice", "racs")  # the paper's methods
-NO_CLAIM, NOT_TESTED = "no difference claimed", "not tested"
+NO_CLAIM, NOT_TESTED, OPEN = "no difference claimed", "not tested", "open"
+# How sentences about the first and about the second stages 1 and 2 begin.
+FIRST, SECOND = "With Adam's default beta_2 of 0.999, ", "With beta_2 = 0.95 in every Adam, "
 NEAR = 0.03  # of configs/sweep/fair_rates.yaml and fair_control.yaml: pairs so near the best must have neighbours too
 
 
@@ -22,8 +23,8 @@ def answer(fair: Fair) -> list[str]:
     done, asked = len(fair.runs()), len(fair.asked())
     found = []
     promised = owed(fair)
-    if done < asked or promised or not grown(fair):
-        more = "" if grown(fair) else ", and more as the grids of rates grow"
+    if done < asked or promised or growing(fair):
+        more = ", and more as the grids of rates grow" if growing(fair) else ""
         found.append(
             f"**Not complete**: {done} of {asked} runs have ended{more}. Differences count only between methods whose seeds "
             "have all run; rates and gains below are provisional where their grids are."
@@ -37,29 +38,64 @@ def answer(fair: Fair) -> list[str]:
     second = again(fair)
     found += [
         *_whichever(fair, second),
-        *_outcome(fair, ""),
+        *_outcome(fair, FIRST, look=True),
         *_bigrams(fair),
         *_beta_2(fair),
         *_adam_anew(fair, second),
     ]
     if len({asked.name for asked in second.asked("fair_best") if asked.folder in second.ended}) > 1:
-        found += _outcome(second, "With beta_2 = 0.95 in every Adam: ")
+        found += _outcome(second, SECOND)
     return [*found, *_gains(fair), *_batches(fair), *_longer(fair), *_variants(fair), *_constants(fair)]
 
 
-def _outcome(fair: Fair, start: str) -> list[str]:
-    """What stage 2 says; `start` begins each sentence."""
-    tables = {model: methods(fair, model) for model in fair.models}
-    ready = {model: rows for model, rows in tables.items() if _settled(rows)}
+def verdicts_in_words(fair: Fair) -> list[str]:
+    """What the rule says of the methods, and where it says nothing yet: for a page that has no room for more."""
+    second = again(fair)
+    found = _whichever(fair, second)
+    for form, start in ((fair, FIRST), (second, SECOND)):
+        ready, open_ = _by_readiness(form)
+        said = [_begun(start, each) for each in _judged(form, ready)]
+        where = f" on {_and([f'`{model}`' for model in open_])}" if ready else ""
+        missing = (
+            f"{start}not all seeds have run{where}, so **no difference is claimed{' there' if ready else ''} yet**."
+        )
+        found += [*said, *([missing] if open_ else [])]
+    return found
+
+
+def _outcome(fair: Fair, start: str, look: bool = False) -> list[str]:
+    """What stage 2 says; `start` begins each sentence.
+
+    Args:
+        look: say what stage 1 looks like while stage 2 says nothing.
+    """
+    ready, open_ = _by_readiness(fair)
+    found = [*_leaders(ready), *_judged(fair, ready)]
+    if open_ and (text := _so_far(open_)):
+        found.append(text)
     if not ready:
-        return [_begun(start, each) for each in (_so_far(tables), *([] if start else _first_look(fair)))]
-    against = {model: against_plain(fair, model) for model in ready}
-    found = [*_leaders(ready), *_claims(ready, fair.models, REFERENCE), *_claims(against, fair.models, PLAIN)]
+        found += [] if found else [f"Stage 2 tells nothing yet: {_NOTHING}."]
+        found += _first_look(fair) if look else []
     return [_begun(start, each) for each in found]
 
 
+def _by_readiness(fair: Fair) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Stage 2 of the models on which some method can be held against Adam by the rule, and of the others."""
+    tables = {model: methods(fair, model) for model in fair.models}
+    ready = {model: rows for model, rows in tables.items() if any(row.pair and row.settled for row in rows)}
+    return ready, {model: rows for model, rows in tables.items() if model not in ready}
+
+
+def _judged(fair: Fair, ready: dict[str, list[Row]]) -> list[str]:
+    """What the rule says, against Adam and against Alice."""
+    if not ready:
+        return []
+    against = {model: against_plain(fair, model) for model in ready}
+    return [_claims(ready, fair.models, REFERENCE), _claims(against, fair.models, PLAIN)]
+
+
 def _begun(start: str, sentence: str) -> str:
-    return start + sentence[0].lower() + sentence[1:] if start else sentence
+    return start + sentence[0].lower() + sentence[1:]
 
 
 def _whichever(*forms: Fair) -> list[str]:
@@ -78,13 +114,14 @@ def _whichever(*forms: Fair) -> list[str]:
     return [f"Better than Adam by the rule, on both models and with either beta_2: {_and(both) or 'none'}."]
 
 
-def _settled(rows: Iterable[Row]) -> list[Row]:
-    """Methods that can be held against Adam by the rule: all seeds of both have ended."""
-    return [row for row in rows if row.pair is not None and row.settled]
+_NOTHING = "nothing is claimed about which method is better"
 
 
 def _so_far(tables: dict[str, list[Row]]) -> str:
-    """Stage 2 before any method can be held against Adam: means over the seeds that all have, and that they claim nothing."""
+    """Stage 2 before any method can be held against Adam: means over the seeds that all have, and that they claim nothing.
+
+    "" without any.
+    """
     parts = []
     for model, rows in tables.items():
         ended = {
@@ -102,10 +139,9 @@ def _so_far(tables: dict[str, list[Row]]) -> str:
         lost = [name_of(row.name) for row in rows if row.diverged]
         seeds = f"{len(common)} of {rows[0].asked} seeds, those that all of these have"
         parts.append(f"on `{model}` ({seeds}) {_and(shown)}{f', diverged {_and(lost)}' if lost else ''}")
-    claims = "nothing is claimed about which method is better"
-    if not parts:
-        return f"Stage 2 tells nothing yet: {claims}."
-    return f"Stage 2 so far, mean perplexities {'; '.join(parts)}. Seeds are missing, so {claims}."
+    return (
+        f"Stage 2 so far, mean perplexities {'; '.join(parts)}. Seeds are missing there: {_NOTHING}." if parts else ""
+    )
 
 
 def _first_look(fair: Fair) -> list[str]:
@@ -138,7 +174,8 @@ def _bigrams(fair: Fair) -> list[str]:
                 parts.append(f"in {stage} on `{model}` {len(above)} of {len(by_name)} ({units.perplexity(bigram)})")
     if not parts:
         return []
-    return [f"No better than a bigram model counted on as many tokens (its perplexity in brackets): {_and(parts)}."]
+    sentence = f"No better than a bigram model counted on as many tokens (its perplexity in brackets): {_and(parts)}."
+    return [_begun(FIRST, sentence)]
 
 
 def _beta_2(fair: Fair) -> list[str]:
@@ -170,13 +207,14 @@ def _leaders(ready: dict[str, list[Row]]) -> list[str]:
         if first.name == REFERENCE:
             parts.append(f"{text}{among})")
         else:
-            said = "a difference by the rule" if first.claim else "no difference claimed"
+            yet = " so far" if first.waiting else ""
+            said = "a difference by the rule" if first.claim else f"{NO_CLAIM}{yet}"
             parts.append(f"{text}; Adam {_reference(reference)}: {said}{among})")
     if not parts:
         return []
     count = max(len(row.runs) for rows in ready.values() for row in rows)
     return [
-        f"With each method at its own best rates, the lowest mean perplexity over {count} seeds has {_and(parts)}. Only "
+        f"At each method's own best rates, the lowest mean perplexity over {count} seeds has {_and(parts)}. Only "
         "differences from Adam, and from Alice, are tested, not those between the others."
     ]
 
@@ -185,18 +223,23 @@ def _reference(row: Row) -> str:
     return units.perplexity(row.perplexity) if row.perplexity is not None else "not run"
 
 
-def _claims(ready: dict[str, list[Row]], models: list[str], reference: str) -> list[str]:
+def _claims(ready: dict[str, list[Row]], models: list[str], reference: str) -> str:
     """What holds on all proxies against the reference, what on one alone, and what cannot be said."""
     than = name_of(reference)
-    claims: dict[str, dict[str, str]] = {}
+    words: dict[str, dict[str, str]] = {}
     for model, rows in ready.items():
-        for row in _settled(rows):
-            if (row.name, reference) != (REFERENCE, PLAIN):  # the first family decides on these two
-                claims.setdefault(row.name, {})[model] = word(row)
+        for row in rows:
+            if row.name != reference and (row.name, reference) != (
+                REFERENCE,
+                PLAIN,
+            ):  # the first family decides on these
+                words.setdefault(row.name, {})[model] = word(row)
     if len(ready) < len(models) or len(models) < 2:
-        only = [f"{_list(claims, model, than)} on `{model}`" for model in ready]
-        return [f"By the rule, {'; '.join(only)}. A statement about optimizers in general needs both models."]
-    both = {name: by_model for name, by_model in claims.items() if len(by_model) == len(models)}
+        only = "; ".join(f"on `{model}` {_on_one(words, model, than)}" for model in ready)
+        more = " A statement about optimizers in general needs both models." if reference == REFERENCE else ""
+        return f"By the rule, {only}.{more}"
+    waiting = [name_of(name) for name, by_model in words.items() if OPEN in by_model.values()]
+    both = {name: by_model for name, by_model in words.items() if OPEN not in by_model.values()}
     general = {name: in_general([_verdict(word) for word in by_model.values()]) for name, by_model in both.items()}
     better, worse = ([name_of(n) for n, verdict in general.items() if verdict == word] for word in ("better", "worse"))
     neither, untested = (
@@ -205,19 +248,35 @@ def _claims(ready: dict[str, list[Row]], models: list[str], reference: str) -> l
     )
     found = (
         f"By the rule, better than {than} on both models: {_and(better) or 'none'}; worse on both: {_and(worse) or 'none'}; "
-        f"no difference claimed on either: {_and(neither) or 'none'}"
-        f"{f'; not tested, because seeds diverged: {_and(untested)}' if untested else ''}"
+        f"{NO_CLAIM} on either: {_and(neither) or 'none'}"
+        f"{f'; {NOT_TESTED}, {_because(than)}: {_and(untested)}' if untested else ''}"
     )
-    mixed = {name: by_model for name, by_model in both.items() if len(set(by_model.values())) > 1}
-    opposed = [name for name, by_model in mixed.items() if {"better", "worse"} <= set(by_model.values())]
-    for words, names in (
-        ("opposite on the two", opposed),
-        ("claimed on one of the two alone", [name for name in mixed if name not in opposed]),
+    mixed = {name: set(by_model.values()) for name, by_model in both.items() if len(set(by_model.values())) > 1}
+    claimed = {name: said & {"better", "worse"} for name, said in mixed.items()}
+    for text, count in (("opposite on the two", 2), ("claimed on one of the two alone", 1), ("claimed on neither", 0)):
+        names = [name for name, said in claimed.items() if len(said) == count]
+        found += f"; {text}: {_and([_by_model(name_of(name), both[name]) for name in names])}" if names else ""
+    return f"{found}.{f' Not judged on both yet: {_and(waiting)}.' if waiting else ''}"
+
+
+def _on_one(words: dict[str, dict[str, str]], model: str, than: str) -> str:
+    """What the rule says on one proxy, by its word."""
+    parts = []
+    for said, text in (
+        ("better", f"better than {than}"),
+        ("worse", "worse"),
+        (NO_CLAIM, NO_CLAIM),
+        (NOT_TESTED, f"{NOT_TESTED}, {_because(than)}"),
+        (OPEN, "not judged yet"),
     ):
-        found += f"; {words}: {_and([_by_model(name_of(name), mixed[name]) for name in names])}" if names else ""
-    all_names = {row.name for rows in ready.values() for row in rows if row.name not in (REFERENCE, reference)}
-    waiting = [name_of(name) for name in sorted(all_names - both.keys())]
-    return [f"{found}.{f' Not judged on both yet: {_and(waiting)}.' if waiting else ''}"]
+        names = [name_of(name) for name, by_model in words.items() if by_model.get(model) == said]
+        if names or said in ("better", "worse"):
+            parts.append(f"{text}: {_and(names) or 'none'}")
+    return ", ".join(parts)
+
+
+def _because(than: str) -> str:
+    return f"because seeds of these or of {than} diverged"
 
 
 def _by_model(name: str, words: dict[str, str]) -> str:
@@ -225,17 +284,16 @@ def _by_model(name: str, words: dict[str, str]) -> str:
 
 
 def word(row: Row) -> str:
-    """The verdict on a method or variant whose seeds have all ended."""
-    return (row.claim or NO_CLAIM) if row.pair is not None and row.pair.p is not None else NOT_TESTED
+    """The verdict on a method or variant."""
+    if not row.settled:
+        return OPEN
+    if row.pair is None or row.pair.p is None:
+        return NOT_TESTED
+    return row.claim or (OPEN if row.waiting else NO_CLAIM)
 
 
 def _verdict(word: str) -> Verdict | None:
     return "better" if word == "better" else "worse" if word == "worse" else None
-
-
-def _list(claims: dict[str, dict[str, str]], model: str, than: str) -> str:
-    names = {word: [name_of(n) for n, by in claims.items() if by.get(model) == word] for word in ("better", "worse")}
-    return f"better than {than}: {_and(names['better']) or 'none'}, worse: {_and(names['worse']) or 'none'}"
 
 
 def _gains(fair: Fair) -> list[str]:
@@ -321,20 +379,46 @@ def _variants(fair: Fair) -> list[str]:
             claims.setdefault(row.name, {})[model] = word(row)
     parts = []
     for verdict, text in (
-        ("worse", "worse than plain Alice"),
+        ("worse", f"worse than plain {name_of(PLAIN)}"),
         ("better", "better"),
-        (NO_CLAIM, "no difference claimed of"),
-        (NOT_TESTED, "not tested, because seeds diverged,"),
+        (NO_CLAIM, NO_CLAIM),
+        (NOT_TESTED, f"{NOT_TESTED}, {_because(f'plain {name_of(PLAIN)}')}"),
     ):
-        names = [f"`{name}`" for name, words in claims.items() if set(words.values()) == {verdict}]
+        names = [variant_name(name) for name, words in claims.items() if set(words.values()) == {verdict}]
         if names or verdict != NOT_TESTED:
-            parts.append(f"{text} {_and(names) or 'none'}")
-    mixed = [_by_model(f"`{name}`", words) for name, words in claims.items() if len(set(words.values())) > 1]
+            parts.append(f"{text}: {_and(names) or 'none'}")
+    mixed = [_by_model(variant_name(name), words) for name, words in claims.items() if len(set(words.values())) > 1]
     models = _and([f"`{model}`" for model in rows])
     return [
-        f"Of Alice's variants, none tuned by itself, the rule calls, on {models} alike, {'; '.join(parts)}"
-        f"{f'; on the models differently: {_and(mixed)}' if mixed else ''}."
+        f"Alice's variants by the rule, none tuned by itself, on {models} alike: {'; '.join(parts)}"
+        f"{f'; differently on the two: {_and(mixed)}' if mixed else ''}."
     ]
+
+
+# Under a variant's name in the plan alone one would not see that compensation is missing.
+_VARIANTS = {
+    "nothing": "none of the three parts",
+    "tracking": "tracking only",
+    "switch": "switching only",
+    "tracking_switch": "no compensation",
+    "full_basis": "no compensation (full basis)",
+    "gaussian_mix": "no compensation (Gaussian mix)",
+    "gaussian": "no compensation (Gaussian)",
+    "fira_compensation": "Fira's compensation",
+    "fira_plus_compensation": "Fira+'s compensation",
+    "alice_last_layer": "last layer by Alice",
+    "initial_gaussian": "first basis Gaussian",
+    "initial_zeros": "first basis zeros",
+    "rotated": "tracked matrix rotated",
+    "free_signs": "signs as the solver gives them",
+    "zero_based": "GaLore's update times",
+    "no_warmup": "no warm-up",
+}
+
+
+def variant_name(name: str) -> str:
+    """How pictures and sentences call a variant of Alice."""
+    return _VARIANTS.get(name, name.replace("_", " "))
 
 
 def _adam_anew(first: Fair, second: Fair) -> list[str]:
@@ -347,7 +431,7 @@ def _adam_anew(first: Fair, second: Fair) -> list[str]:
         common = [seed for seed in old if seed in new]
         before, after = (mean([by_seed[seed] for seed in common]) for by_seed in (old, new))
         if before is not None and after is not None:
-            seeds = f"{len(common)} seed{'s' if len(common) > 1 else ''}"
+            seeds = f"the {len(common)} seeds that both have" if len(common) > 1 else "one seed"
             parts.append(f"{units.perplexity(after)} instead of {units.perplexity(before)} on `{model}` ({seeds})")
     if not parts:
         return []

@@ -12,7 +12,7 @@ from .. import units
 from ..records import Run, lookup
 from ..sides import is_number
 from ..text import markdown
-from .gains import grown
+from .gains import growing
 from .records import Fair
 
 WHAT = {
@@ -40,7 +40,9 @@ TEXT = (
 def progress(fair: Fair) -> str:
     """One line: how many runs of each part have ended."""
     parts = [f"{WHAT.get(sweep, sweep)} {len(fair.runs(sweep))} of {len(fair.asked(sweep))}" for sweep in fair.sweeps]
-    grow = "" if grown(fair) else "; stage 1 and control ask for more while their grids grow"
+    more = [WHAT.get(sweep, sweep) for sweep in growing(fair)]
+    verb = "asks" if len(more) == 1 else "ask"
+    grow = f"; {' and '.join(more)} {verb} for more while grids grow" if more else ""
     return f"Runs that have ended: {', '.join(parts)}{grow}."
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from .. import style, units
 from ..curves import shared_curve
 from ..style import GREY, LOOKS, WIDE, even_ticks
+from .answer import variant_name
 from .axes import empty, legend, panels, perplexity_axis, rate_axis, rate_lines, unfinished
 from .gains import CONTROLLED, Gains, at_end, best_at, gains, tried
 from .records import PLAIN, REFERENCE, Fair, Row, ablations, again, methods, wall_clock
@@ -63,13 +64,16 @@ def _provisional(rows: Sequence[Row]) -> str:
     there = [len(row.runs) for row in rows if row.runs]
     if not there or all(row.settled or row.name == REFERENCE for row in rows):
         return ""
+    whole = sum(len(row.runs) == row.asked for row in rows)
+    if any(row.settled and row.pair for row in rows):
+        return f"\n{whole} of {len(rows)} have all {rows[0].asked} seeds: no difference claimed of others"
     return f"\n{min(there)} of {rows[0].asked} seeds: no difference claimed"
 
 
 # Stage 2 ---------------------------------------------------------------------------------------------------------------
 
 
-def _curves(fair: Fair, words: str = "each method at its best rates") -> Figure:
+def _curves(fair: Fair, words: str = "beta_2 = 0.999, best rates") -> Figure:
     with panels(fair, 4.9) as (figure, parts):
         for model, axes in parts:
             rows = [row for row in methods(fair, model) if row.runs and not row.diverged]
@@ -348,9 +352,7 @@ def _ablations(fair: Fair) -> Figure:
                         markerfacecolor=colour if claimed else "white", markeredgewidth=1.2,
                     )  # fmt: skip
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set_yticks(
-                range(len(known)), [_VARIANTS.get(name, name.replace("_", " ")) for name in reversed(known)]
-            )
+            axes.set_yticks(range(len(known)), [variant_name(name) for name in reversed(known)])
             axes.set_ylim(-0.6, len(known) - 0.4)
             axes.set_xlabel("loss less plain Alice's, nats")
         _proxy_legend(figure, fair.models)
@@ -358,25 +360,6 @@ def _ablations(fair: Fair) -> Figure:
             figure, "Variants of Alice: left of 0 is better than plain Alice (lines: 95 % intervals, seeds not paired)"
         )
     return figure
-
-
-# Under a variant's name in the plan alone one would not see that compensation is missing.
-_VARIANTS = {
-    "nothing": "none of the three parts",
-    "tracking": "tracking only",
-    "switch": "switching only",
-    "tracking_switch": "no compensation",
-    "full_basis": "no compensation, full basis",
-    "gaussian_mix": "no compensation, Gaussian mix",
-    "gaussian": "no compensation, Gaussian",
-    "fira_compensation": "Fira's compensation",
-    "fira_plus_compensation": "Fira+'s compensation",
-    "alice_last_layer": "last layer by Alice",
-    "initial_gaussian": "first basis Gaussian",
-    "initial_zeros": "first basis zeros",
-    "rotated": "tracked matrix rotated",
-    "no_warmup": "no warm-up",
-}
 
 
 def _dot(row: Row | None) -> tuple[float, tuple[float, float] | None, bool] | None:

@@ -100,10 +100,13 @@ def settled(fair: Fair, model: str, method: str) -> bool:
     )
 
 
-def grown(fair: Fair) -> bool:
-    """Whether no grid asks for more: those of stage 1, also with the other beta_2, and all runs of the control."""
+def growing(fair: Fair) -> list[str]:
+    """The sweeps that may ask for more: stage 1, also with the other beta_2, by its grids, and the control."""
     grids = {(each.sweep, each.model, each.name) for each in fair.asked() if each.sweep.startswith("fair_rates")}
-    return grids <= set(fair.plans.finished) and all(each.folder in fair.ended for each in fair.asked("fair_control"))
+    found = {sweep for sweep, *_ in grids - set(fair.plans.finished)}
+    if not all(each.folder in fair.ended for each in fair.asked("fair_control")):
+        found.add("fair_control")
+    return [sweep for sweep in fair.sweeps if sweep in found]
 
 
 def gain(before: Run | None, after: Run | None) -> float | None:

@@ -147,12 +147,12 @@ def _stage_2(source: Source) -> str:
         source.picture("curves", "Validation perplexity over steps, all methods, both models"),
         "**How to read these.** p is after Holm's correction over all methods of the table. Tests and intervals are over "
         "seeds, at fixed rates and on the same validation rows. Runs of one seed share initialisation and text, which Welch's "
-        "test does not use: it finds less than a test of pairs would, and no claimed difference is not equality. Same seeds: "
-        "in how many of the seeds that both have the loss is lower, and the interval of the mean difference between runs of "
-        "one seed; a description, of which no claim is made. A grid with factors of 3, chosen at 600 steps, can miss a "
-        "method's best rates by some hundredths of a nat (a parabola through the best matrix rate and its neighbours in "
-        f"stage 1 lies up to {missed(source.fair):.2f} below the best), so a difference smaller than that may be one of rates "
-        "even where the rule claims it.",
+        "test does not use: it mostly finds less than a test of pairs would, and no claimed difference is not equality. "
+        "Same seeds: in how many of the seeds that both have the loss is lower, and the interval of the mean difference "
+        "between runs of one seed; a description, of which no claim is made. A grid with factors of 3, chosen at 600 steps, "
+        "can miss a method's best rates by some hundredths of a nat (a parabola through the best matrix rate and its "
+        f"neighbours in stage 1 lies up to {missed(source.fair):.2f} below the best), so a difference smaller than that may "
+        "be one of rates even where the rule claims it.",
         "**The same runs on other text, their speed and memory.** Unseen rows: other validation rows of the same source, on "
         "which no rate was chosen; C4: its validation text, out of the domain. Below the perplexity the difference of losses "
         "to Adam's there, with its interval. Speed-up: all steps over the steps to the first evaluation (every 100) at or "
@@ -268,8 +268,10 @@ def _parts(source: Source) -> str:
         f"{_budget(source.fair, 'fair_ablations')} Every variant at the best rates of stage 1 of its method (Alice, in the "
         "last table GaLore and RACS too), none tuned by itself: a variant that makes the update smaller or larger, as all "
         "without compensation do, is judged at a rate that suits another. Difference to plain Alice in nats of final loss with "
-        "its 95 % interval, which does not pair seeds (that of [deviations](../../docs/deviations.md) does); p after Holm's "
-        "correction over all of Alice's variants, here and in the next section; negative is better.",
+        "its 95 % interval, which does not pair seeds; p after Holm's correction over all of Alice's variants, here and in the "
+        "next section; then in how many of the seeds that both have the loss is lower, and the interval of the mean "
+        "difference between runs of one seed, a description. Negative is better. Variants of RACS and of GaLore, and steps "
+        "from variant to variant, are in no family of tests.",
         variants(source.fair, PARTS, source.out),
         source.picture("ablations", "Difference of each variant to plain Alice"),
         "**The steps that the paper's Table 5 and Figure 5 show**, at 130M there and here: final perplexities before "

@@ -243,6 +243,7 @@ class Row:
         asked: seeds that the plan asks for.
         pair: against the reference, by the rule; None for the reference itself.
         settled: all seeds of it and of the reference have ended: only then is a difference claimed.
+        waiting: seeds of others in its family have not: where none is claimed, one may still be when they have.
         first: the first step whose mean perplexity is at or under the reference's final mean, over the seeds that both
             have; None if it never is, or the reference has not run.
         steps: of a whole run.
@@ -254,6 +255,7 @@ class Row:
     asked: int
     pair: Pair | None = None
     settled: bool = False
+    waiting: bool = False
     first: int | None = None
     steps: int | None = None
     paired: Paired | None = None
@@ -314,7 +316,8 @@ def _rows(fair: Fair, sweep: str, model: str, names: list[str], reference: str, 
         settled = there[name] and there.get(reference, False)
         asked = len(fair.asked(sweep, model, name))
         pair = paired(by_seed(runs.get(reference, [])), by_seed(runs[name])) if name != reference else None
-        rows.append(Row(name, runs[name], asked, pairs.get(name), settled, first, total, pair))
+        waiting = not all(there.values())
+        rows.append(Row(name, runs[name], asked, pairs.get(name), settled, waiting, first, total, pair))
     return sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity) if ordered else rows
 
 

@@ -13,7 +13,7 @@ from ..records import Run
 from ..statistics import ONE_SIDE, Paired, deviation, mean, paired, welch
 from ..summary import ranking
 from ..text import NOT_RUN, markdown
-from .answer import name_of, word
+from .answer import NO_CLAIM, OPEN, name_of, word
 from .circumstances import commit_of
 from .gains import (
     ADAM_RATE,
@@ -141,7 +141,7 @@ def stage_2_beside(fair: Fair, model: str, out: Path) -> str:
 
 def verdicts(fair: Fair) -> str:
     """What the rule says of each method against Adam and against Alice; "" while no method's seeds have all ended."""
-    forms = [(fair, ""), (again(fair), ", beta_2 0.95")]
+    forms = [(fair, ", beta_2 0.999"), (again(fair), ", beta_2 0.95")]
     columns = {}
     for form, suffix in forms:
         for against, table in ((REFERENCE, methods), (PLAIN, against_plain)):
@@ -155,7 +155,7 @@ def verdicts(fair: Fair) -> str:
         row = rows.get(name)
         if name == against:
             return "–"
-        return word(row) if row is not None and row.settled else "open"
+        return word(row) if row is not None else OPEN
 
     lines = [[name_of(name), *(cell(name, *column) for column in columns.values())] for name in names]
     return markdown(["than", *columns], lines) if columns else ""
@@ -309,6 +309,7 @@ def variants(fair: Fair, names: dict[str, str], out: Path) -> str:
             row = rows[model].get(name, Row(name, [], 0))
             difference, p, verdict = compared(row)
             tested = f"{difference}; p {p}; {verdict}" if p != "–" else "; ".join({difference: 1, verdict: 1})
+            tested += f"; same seeds: lower in {same_seeds(row)}" if row.paired and row.paired.seeds else ""
             own = "reference" if name == PLAIN else tested if row.runs else "–"
             line += [spread(row) if row.runs else NOT_RUN, own, seeds(row, out)]
         lines.append(line)
@@ -548,8 +549,9 @@ def compared(row: Row) -> tuple[str, str, str]:
     difference = test.why if test.difference is None else interval(test.difference, test.interval)
     if p is None:
         return difference, "–", test.why if test.difference is not None else "–"
-    verdict = row.pair.verdict or "no difference claimed"
-    return difference, p_value(p), verdict if row.settled else "provisional: seeds are missing"
+    if row.settled:
+        return difference, p_value(p), row.claim or (f"{OPEN}: others' seeds are missing" if row.waiting else NO_CLAIM)
+    return difference, p_value(p), f"{OPEN}: seeds are missing"
 
 
 def same_seeds(row: Row) -> str:
@@ -569,7 +571,8 @@ def interval(difference: float, reach: tuple[float, float] | None) -> str:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    """Of three digits, and of four where these would not show on which side of 0.05 it lies."""
+    return "< 0.001" if p < 0.001 else f"{p:.4f}" if 0.0495 <= p < 0.0505 else f"{p:.3f}"
 
 
 def nats(value: float | None) -> str:

@@ -112,7 +112,7 @@ def test_what_cannot_be_tested_says_why():
     assert welch([], [3.0, 3.1]).why == "one of them has no run that has ended"
     assert welch([4.0, 4.1], []).difference is None
     assert welch([4.0, 4.1], [3.0, math.inf, math.inf]).why == "2 of 3 diverged: no test"
-    assert welch([math.inf, 4.1], [math.inf, 3.0, 3.1]).why == "1 of 2 and 1 of 3 diverged: no test"
+    assert welch([math.inf, 4.1], [math.inf, 3.0, 3.1]).why == "1 of 2 of the reference and 1 of 3 diverged: no test"
     assert welch([4.0, 4.0], [3.0, 3.0]).why == "no spread at all: the test does not apply"
     for first, second in (([4.0], [3.0]), ([], []), ([math.inf], [4.0, 4.0]), ([4.0, 4.0], [4.0, 4.0])):
         test = welch(first, second)

@@ -60,13 +60,13 @@ def stale(fair: Fair, pictures: Sequence[Path]) -> list[Path]:
 
 
 def _provisional(rows: Sequence[Row]) -> str:
-    """That seeds are missing, on a line of its own; nothing once all have ended."""
+    """That seeds are missing, on lines of their own; nothing once all have ended."""
     there = [len(row.runs) for row in rows if row.runs]
     if not there or all(row.settled or row.name == REFERENCE for row in rows):
         return ""
     whole = sum(len(row.runs) == row.asked for row in rows)
     if any(row.settled and row.pair for row in rows):
-        return f"\n{whole} of {len(rows)} have all {rows[0].asked} seeds: no difference claimed of others"
+        return f"\n{whole} of {len(rows)} have all {rows[0].asked} seeds:\nno difference claimed of the others"
     return f"\n{min(there)} of {rows[0].asked} seeds: no difference claimed"
 
 

@@ -443,7 +443,7 @@ def without_folders(text: str, suite: Suite) -> str:
 
 
 def write_summary(suite: Suite, planned: Sequence[Job]) -> None:
-    """summary.md, from the records alone."""
+    """summary.md, from the records alone: of these jobs and of those that earlier calls have run."""
     facts = read_json(suite.out / "machine.json")
     hardware = facts["hardware"]
     parts = [
@@ -453,7 +453,9 @@ def write_summary(suite: Suite, planned: Sequence[Job]) -> None:
         f"{facts['commit'] or 'unknown'}{' with changes' if facts['uncommitted_changes'] else ''}.",
         "",
     ]
-    states = {job.name: suite.state(job) for job in planned}
+    known = [read_json(file) for file in sorted((suite.out / "jobs").glob("*.json"))]
+    states = {found["job"]: found for found in known} | {job.name: suite.state(job) for job in planned}
+    states = dict(sorted(states.items(), key=lambda item: STAGES.index(item[0].partition("/")[0])))
     parts += ["| job | state | time |", "|---|---|---|"]
     for name, found in states.items():
         time_taken = units.duration(found["seconds"]) if found else ""

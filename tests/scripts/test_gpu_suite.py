@@ -77,6 +77,15 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(suite, monkeypatch, t
     assert [file.read_text() for file in files] == ["x", "xx"]
 
 
+def test_the_summary_keeps_what_earlier_calls_have_run(suite, monkeypatch):
+    give(monkeypatch, gpu_suite.Job("training/first", (sys.executable, "-c", "print()"), 0.1))
+    gpu_suite.work(suite)
+    give(monkeypatch, stub("second", "print()"))
+    gpu_suite.work(suite)
+    rows = [line.split(" | ")[:2] for line in summary(suite).splitlines() if line.startswith("| ") and "/" in line]
+    assert rows == [["| tests/second", "done"], ["| training/first", "done"]]
+
+
 def alive(pid):
     """Whether a process runs; one that is dead and not yet collected does not."""
     try:

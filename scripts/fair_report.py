@@ -100,10 +100,10 @@ def _noted(folder: Path) -> tuple[str, int] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, help="default results/runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "fair", help="of the page; default results/fair")
     parser.add_argument(
-        "--figures", type=Path, default=ROOT / "results" / "figures" / "fair", help="default results/figures/fair"
+        "--out", type=Path, help="of the page; default results/fair, with --records the folder report there"
     )
+    parser.add_argument("--figures", type=Path, help="default results/figures/fair, with --records that of the page")
     parser.add_argument(
         "--deviations", type=Path, help="page of the open choices; default docs/deviations.md, with --records none"
     )
@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --records {asked.records} is not a folder: name the one that holds the sweeps.", file=sys.stderr)
         return 2
     records = (asked.records or ROOT / "results" / "runs").resolve()
-    out, figures = asked.out.resolve(), asked.figures.resolve()
+    own = records / "report" if asked.records else None  # others' records do not take the place of these pages
+    out = (asked.out or own or ROOT / "results" / "fair").resolve()
+    figures = (asked.figures or own or ROOT / "results" / "figures" / "fair").resolve()
     choices = asked.deviations or (None if asked.records else ROOT / "docs" / "deviations.md")
     try:
         fair = load_fair(records, plans(records, PLANS))

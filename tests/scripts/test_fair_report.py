@@ -96,6 +96,13 @@ def test_records_of_others_leave_the_committed_page_of_choices_alone(root):
     assert page.read_bytes() == before
 
 
+def test_the_report_on_records_of_others_lies_beside_them(root, monkeypatch):
+    monkeypatch.setattr(command, "ROOT", root / "project")  # where it would lie otherwise
+    assert command.main(["--records", str(root / "runs")]) == 0
+    assert {path.name for path in (root / "runs/report").iterdir()} >= {"README.md", "runs.md", "sensitivity.png"}
+    assert not (root / "project").exists()
+
+
 def test_a_picture_that_is_missing_fails_the_check(root, capsys):
     (root / "figures/sensitivity.svg").unlink()
     assert command.main(arguments(root, "--check")) == 1

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,19 @@ TRAINING = {  # in order of worth: minutes, rows of a forward pass, rounds, step
 GRACE = 60.0  # seconds that a training gets to save its state
 LINES = 30  # of a job's output that are kept where it fails
 STOPPED = 75  # exit code of train.py after a signal: the state is saved
+OPTIMIZERS = {  # minutes, dtypes: in float32, the 1.3B matrices with all optimizers of a group need more than 80 GB
+    "llama_60m": (2, ("bf16", "fp32")),
+    "llama_350m": (4, ("bf16",)),
+    "llama_1b": (8, ("bf16",)),
+}
+# Above 60M. Apollo's draws and SOAP's decompositions would take minutes of each.
+LARGE = ("--only", "adam,racs,alice,alice_0,galore,muon", "--repeats", "10")
+SOLVERS = "512x1376r128,1024x2736r256"  # of refreshes at 60M and 350M
+MODELS = tuple(dict.fromkeys((*OPTIMIZERS, *TRAINING)))
 LEAST_STEPS = 100  # a shorter comparison says nothing
 GUESS = 250_000.0  # tokens/s of llama_60m, where nothing has been measured
-SAFETY = 0.8  # part of the time that the comparison's steps are planned for: start, evaluation and slower methods take the rest
+SAFETY = 0.8  # part of the time that the comparison's steps are planned for: slower methods and refreshes take the rest
+OTHER = 60.0  # seconds of a run that are not steps: start, evaluations, checkpoints
 SWITCHES = {"full": "trainer.loss=full", "liger": "trainer.loss=liger", "compile": "trainer.compile=true"}
 
 
@@ -87,6 +98,7 @@ class Suite:
         work: run folders with checkpoints, logs, packages: not to be committed.
         deadline: by the monotonic clock.
         dry: nothing is written.
+        models: of the stages optimizers and training.
     """
 
     out: Path
@@ -100,6 +112,7 @@ class Suite:
     tokenizer: str | None
     deadline: float
     dry: bool = False
+    models: tuple[str, ...] = MODELS
 
     def left(self) -> float:
         """Seconds."""
@@ -136,9 +149,12 @@ def tests(suite: Suite) -> Iterator[Job]:
     if suite.tiny:
         yield pytest("devices", 0.3, "tests/optimizers/test_devices.py", "-k", "racs and float32")
         return
-    yield pytest("devices", 2, "tests/optimizers/test_devices.py")
+    # side by side where the plugin is there: they wait for the CPU, not for the GPU
+    several = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
+    yield pytest("devices", 2, *several, "tests/optimizers/test_devices.py")
     # trainer.device=auto takes the GPU where there is one
-    yield pytest("trainer", 4, "tests/pretraining/test_trainer.py", "tests/pretraining/test_methods.py")
+    files = (f"tests/pretraining/test_{name}.py" for name in ("trainer", "methods", "liger"))
+    yield pytest("trainer", 4, *several, *files)
 
 
 def optimizer_benchmarks(suite: Suite) -> Iterator[Job]:
@@ -150,11 +166,11 @@ def optimizer_benchmarks(suite: Suite) -> Iterator[Job]:
     if suite.tiny:
         yield benchmark("llama_tiny", "fp32", 0.3, "--only", "racs", "--repeats", "2", "--refreshes", "1")
         return
-    # in float32, the 1.3B matrices with all optimizers of a group need more than 80 GB
-    both = ("bf16", "fp32")
-    for model, minutes, dtypes in (("llama_60m", 2, both), ("llama_350m", 4, both), ("llama_1b", 8, ("bf16",))):
-        for dtype in dtypes:
-            yield benchmark(model, dtype, minutes)
+    solvers = (*benchmark_command("solvers"), "--device", suite.device, "--shapes", SOLVERS)
+    yield Job("optimizers/solvers", (*solvers, "--out", record(suite, f"solvers_{suite.device}")), 1)
+    for model, (minutes, dtypes) in OPTIMIZERS.items():
+        for dtype in dtypes if model in suite.models else ():
+            yield benchmark(model, dtype, minutes, *(LARGE if model != "llama_60m" else ()))
 
 
 def training_benchmarks(suite: Suite) -> Iterator[Job]:
@@ -171,6 +187,8 @@ def training_benchmarks(suite: Suite) -> Iterator[Job]:
         return
     switches = [word for name, setting in SWITCHES.items() for word in ("--variant", f"{name}:{setting}")]
     for model, (minutes, micro, rounds, steps) in TRAINING.items():
+        if model not in suite.models:
+            continue
         size = f"--precision bf16 --micro {micro} --rounds {rounds} --steps {steps} --methods adam,alice,racs"
         yield benchmark(model, minutes, *size.split(), *switches)
 
@@ -219,7 +237,7 @@ def comparison(suite: Suite) -> Iterator[Job]:
             f"trainer.steps={steps}",
             f"trainer.eval_every={max(1, steps // 5)}",
             "data.validation_max_tokens=2000000",
-            f"trainer.save_every={max(1, steps // 20)}",
+            f"trainer.save_every={max(1, steps // 4)}",
             "trainer.keep_last=1",
             "trainer.save_model=false",
             "trainer.sample_tokens=0",
@@ -254,7 +272,8 @@ def settle(suite: Suite, runs: int) -> dict[str, Any] | None:
     tokens = 2 * 32 if suite.tiny else 512 * 256
     speed, measured = tokens_per_second(suite)
     most, least = (20, 2) if suite.tiny else (10_000, LEAST_STEPS)
-    steps = min(most, int(SAFETY * max(0.0, suite.left()) / runs * speed / tokens))
+    other = 0.0 if suite.tiny else OTHER
+    steps = min(most, int((SAFETY * max(0.0, suite.left()) / runs - other) * speed / tokens))
     if steps < least:
         return None
     settled = {
@@ -264,7 +283,7 @@ def settle(suite: Suite, runs: int) -> dict[str, Any] | None:
         "tokens_per_step": tokens,
         "tokens_per_second": speed,
         "measured": measured,
-        "seconds_per_run": steps * tokens / speed / SAFETY,
+        "seconds_per_run": (steps * tokens / speed + other) / SAFETY,
     }
     if not suite.dry:
         write_json(file, settled)

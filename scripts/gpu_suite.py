@@ -27,7 +27,7 @@ from benchmarking.wheels import begin_again  # noqa: E402
 if __name__ == "__main__":
     begin_again(sys.argv[1:], ROOT)
 
-from benchmarking.gpu_suite import ADAM_RATES, METHODS, STAGES, STOPPED, Suite, dry_run, work  # noqa: E402
+from benchmarking.gpu_suite import ADAM_RATES, METHODS, MODELS, STAGES, STOPPED, Suite, dry_run, work  # noqa: E402
 from data.errors import UserError  # noqa: E402
 
 
@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--work", type=Path, default=Path("runs/gpu_suite"), help="checkpoints, logs; default runs/gpu_suite"
     )
     parser.add_argument("--stages", default=",".join(STAGES), help=f"default {','.join(STAGES)}")
+    parser.add_argument(
+        "--models",
+        default=",".join(MODELS),
+        help=f"of the stages optimizers and training; default {','.join(MODELS)}",
+    )
     parser.add_argument("--data", type=Path, help="prepared data, or a mirror of C4; default the embedded sample")
     parser.add_argument("--tokenizer", help="as tokenizer= of train.py; default the model's, t5-base")
     parser.add_argument("--adam-rates", default=ADAM_RATES, help=f"of the comparison; default {ADAM_RATES}")
@@ -61,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = names(asked.stages)
     if unknown := [name for name in stages if name not in STAGES]:
         parser.error(f"there is no stage {unknown[0]}: choose from {', '.join(STAGES)}.")
+    models = names(asked.models)
+    if unknown := [name for name in models if name not in MODELS]:
+        parser.error(f"--models has no {unknown[0]}: choose from {', '.join(MODELS)}.")
     for path in (*([asked.data] if asked.data else []), *asked.wheels):
         if not path.exists():
             parser.error(f"{path} is not there: check --data and --wheels.")
@@ -76,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer=asked.tokenizer,
         deadline=time.monotonic() + 60 * asked.minutes,
         dry=asked.dry_run,
+        models=models,
     )
     try:
         if asked.dry_run:

@@ -29,6 +29,8 @@ STEPS = 5  # with refreshes at 1, 2 and 4, or at 1, 3 and 5
 # have the signs that the solver happens to give, and moments are not turned when a basis changes: a flipped sign shows.
 SIGNS = ("apollo_svd", "fira", "galore", "galore_8bit", "low_rank_soap", "soap", "soap_factored")
 TOLERANCE = {"muon": 0.05, "muon_paper": 0.05, **dict.fromkeys(SIGNS, 0.3)}
+# Rounding of a solver, lifted in directions without gradient, would fail these at their own eps on any device.
+EPS = {"soap": 1e-4, "shampoo": 1e-2}
 NO_FLOAT64 = {"adam_8bit"}  # keeps no codes of float64 weights
 
 
@@ -47,6 +49,7 @@ def configured(name: str, model: torch.nn.Module, **more: Any) -> torch.optim.Op
     values |= {key: min(most, values[key]) for key, most in SMALL.items() if values.get(key) is not None}
     values |= {key: 0 for key, value in values.items() if value == "${seed}"}
     values |= {key: values[x[12:-1]] for key, x in values.items() if str(x).startswith("${optimizer.")}
+    values |= {"eps": EPS[name]} if name in EPS else {}
     del values["name"]
     return create(name, model, verbose=False, **values | more)
 

@@ -187,8 +187,9 @@ def test_the_steps_come_from_the_slowest_method_measured_and_stay(suite):
     suite.deadline = time.monotonic() + 3600
     measured(suite, 2e6, 1e6, None)
     settled = gpu_suite.settle(suite, 4)
-    expected = gpu_suite.SAFETY * 3600 / 4 * 1e6 / (512 * 256)
+    expected = (gpu_suite.SAFETY * 3600 / 4 - gpu_suite.OTHER) * 1e6 / (512 * 256)
     assert settled["steps"] == pytest.approx(expected, rel=1e-3) and settled["measured"]
+    assert 4 * settled["seconds_per_run"] == pytest.approx(3600, rel=1e-2), "all runs fit into the time"
     suite.deadline = time.monotonic() + 60
     assert gpu_suite.settle(suite, 4) == settled  # begun, it is what all its runs are trained for
     with pytest.raises(UserError, match="another --out"):
@@ -230,7 +231,17 @@ def test_the_whole_plan_can_be_asked_for(suite, monkeypatch):
             assert benchmark.main(job.command[2:]) == 0
         if job.stage == "comparison":
             validate(compose(job.command[2:]))
-    assert len(asked) == 9 and {found.model for found in asked} >= {"llama_60m", "llama_350m", "llama_1b"}
+    models = [found.model for found in asked if "model" in found]
+    assert len(asked) == len(models) + 1 == 9, "the solvers have shapes of their own"
+    assert set(models) == set(gpu_suite.MODELS)
+    suite.models = ("llama_60m",)
+    fewer = [job.name for job in gpu_suite.jobs(suite) if job.stage in ("optimizers", "training")]
+    assert fewer == [
+        "optimizers/solvers",
+        "optimizers/llama_60m_bf16",
+        "optimizers/llama_60m_fp32",
+        "training/llama_60m",
+    ]
     runs = [job for job in planned if job.stage == "comparison"]
     assert len({compose(job.command[2:]).trainer.steps for job in runs}) == 1
     assert len({job.run for job in runs}) == len(runs) == len(suite.adam_rates) + len(suite.methods)

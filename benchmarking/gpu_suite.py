@@ -29,7 +29,7 @@ from pretraining.files import replace_text
 from pretraining.record import read_json, write_json
 from pretraining.signals import end_with_parent
 from reporting import RECORD_FILES, load_run, units
-from reporting.benchmarks import optimizer_table
+from reporting.benchmarks import optimizer_table, solver_tables
 from sweeps.local import DIVERGED, divergence
 
 from .training import enlarged_tokenizer, table
@@ -488,6 +488,9 @@ def write_summary(suite: Suite, planned: Sequence[Job]) -> None:
             "",
             optimizer_table(read_json(file)),
         ]
+    for file in sorted(suite.out.glob("solvers_*.json")):
+        tables = solver_tables(read_json(file))
+        parts += [line for title, text in tables.items() for line in ("", f"## {title}", "", text)]
     parts += comparison_table(suite)
     for name, found in states.items():
         if found.get("state") == "failed":

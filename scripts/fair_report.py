@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = (asked.records or ROOT / "results" / "runs").resolve()
     own = records / "report" if asked.records else None  # others' records do not take the place of these pages
     out = (asked.out or own or ROOT / "results" / "fair").resolve()
-    figures = (asked.figures or own or ROOT / "results" / "figures" / "fair").resolve()
+    figures = (asked.figures or (out if own else ROOT / "results" / "figures" / "fair")).resolve()
     choices = asked.deviations or (None if asked.records else ROOT / "docs" / "deviations.md")
     try:
         fair = load_fair(records, plans(records, PLANS))

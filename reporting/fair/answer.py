@@ -229,10 +229,8 @@ def _claims(ready: dict[str, list[Row]], models: list[str], reference: str) -> s
     words: dict[str, dict[str, str]] = {}
     for model, rows in ready.items():
         for row in rows:
-            if row.name != reference and (row.name, reference) != (
-                REFERENCE,
-                PLAIN,
-            ):  # the first family decides on these
+            first_decides = (row.name, reference) == (REFERENCE, PLAIN)  # Adam and Alice: a test of the first family
+            if row.name != reference and not first_decides:
                 words.setdefault(row.name, {})[model] = word(row)
     if len(ready) < len(models) or len(models) < 2:
         only = "; ".join(f"on `{model}` {_on_one(words, model, than)}" for model in ready)

@@ -102,7 +102,7 @@ def _curves(fair: Fair, words: str = "beta_2 = 0.999, best rates") -> Figure:
             perplexity_axis(axes, low / 1.03, high * _ABOVE)
             even_ticks(axes.xaxis, start, steps[-1], most=6)
             axes.set_xlim(start, 1.02 * steps[-1])
-            axes.set_xlabel(f"steps{_provisional(rows)}")
+            axes.set_xlabel(f"steps{_provisional(methods(fair, model))}")
             axes.legend(title="final, best first", loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=3.2)
         axes_with = [axes for _, axes in parts]
         axes_with[0].set_ylabel("validation perplexity")

@@ -11,7 +11,7 @@ from .answer import name_of, verdicts_in_words
 from .records import Fair, again, methods
 from .tables import values
 
-PAIRED = "results/fair/README.md#again-with-beta_2--095"  # the same seeds with both values of beta_2
+PAIRED = "results/fair/README.md#again-with-beta_2--095"  # from the root: the same seeds with both values of beta_2
 BEGIN, END = "<!-- stage 2: python scripts/fair_report.py -->\n", "<!-- end of stage 2 -->"
 
 

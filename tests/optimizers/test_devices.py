@@ -29,7 +29,7 @@ STEPS = 5  # with refreshes at 1, 2 and 4, or at 1, 3 and 5
 # have the signs that the solver happens to give, and moments are not turned when a basis changes: a flipped sign shows.
 SIGNS = ("apollo_svd", "fira", "galore", "galore_8bit", "low_rank_soap", "soap", "soap_factored")
 TOLERANCE = {"muon": 0.05, "muon_paper": 0.05, **dict.fromkeys(SIGNS, 0.3)}
-# Rounding of a solver, lifted in directions without gradient, would fail these at their own eps on any device.
+# Where there is no gradient these lift a solver's rounding: at their own eps, 1e-6 of the largest entry moves SOAP by 0.6.
 EPS = {"soap": 1e-4, "shampoo": 1e-2}
 NO_FLOAT64 = {"adam_8bit"}  # keeps no codes of float64 weights
 

@@ -1,5 +1,7 @@
 """What stands on the pictures of the fair comparison."""
 
+import shutil
+
 import pytest
 
 from reporting.fair import figures
@@ -56,3 +58,21 @@ def test_points_above_the_axis_are_marked_on_its_edge():
         ([0.02], [60.0], "black"),
         ([0.03], [60.0], "white"),
     ]
+
+
+def test_a_picture_says_which_methods_may_not_be_told_apart_yet(tmp_path):
+    folder, only = write_plans(tmp_path / "plans"), ("fair_rates", "fair_best")
+    write_fair(
+        tmp_path / "runs", folder, lambda sweep, job, name: perplexity(sweep, job, name) if sweep in only else None
+    )
+
+    def notes():
+        fair = load_fair(tmp_path / "runs", plans(tmp_path / "runs", folder))
+        return [axes.get_xlabel().partition("\n")[2] for axes in figures.FIGURES["curves"][1](fair).axes]
+
+    assert notes() == ["", ""]
+    shutil.rmtree(tmp_path / "runs/fair_best/llama_tiny/racs-s45")
+    shutil.rmtree(tmp_path / "runs/fair_best/llama_tiny_4k/adam-s45")
+    some, none = notes()
+    assert some == "2 of 3 have all 3 seeds:\nno difference claimed of the others"
+    assert none == "2 of 3 seeds: no difference claimed"

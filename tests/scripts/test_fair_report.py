@@ -100,6 +100,8 @@ def test_the_report_on_records_of_others_lies_beside_them(root, monkeypatch):
     monkeypatch.setattr(command, "ROOT", root / "project")  # where it would lie otherwise
     assert command.main(["--records", str(root / "runs")]) == 0
     assert {path.name for path in (root / "runs/report").iterdir()} >= {"README.md", "runs.md", "sensitivity.png"}
+    assert command.main(["--records", str(root / "runs"), "--out", str(root / "elsewhere")]) == 0
+    assert (root / "elsewhere/README.md").is_file() and (root / "elsewhere/sensitivity.png").is_file()
     assert not (root / "project").exists()
 
 

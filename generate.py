@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
             seed=cfg.seed,
             temperature=cfg.temperature,
             top_k=cfg.top_k,
-            autocast=saved.autocast,
+            autocast=saved.computing(),
         )
     )
 

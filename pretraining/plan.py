@@ -11,6 +11,7 @@ from data.errors import UserError
 from optimizers import MatrixOptimizer, create, describe
 from optimizers.memory import state_bytes
 
+from .arithmetic import has_kernels
 from .layerwise import check_layerwise
 from .loss import check_loss
 from .memory import activation_bytes
@@ -165,6 +166,13 @@ def _warnings(cfg: DictConfig, precision: str, optimizer: torch.optim.Optimizer,
         yield (
             f"torch sees no GPU, so {_count(parameters)} parameters are trained on the CPU: trainer.device=cuda refuses that, "
             "trainer.device=cpu says that it is meant"
+        )
+    if device.type == "cpu" and precision.startswith("bf16") and not has_kernels():
+        compiled = cfg.trainer.compile or cfg.trainer.compile_optimizer
+        yield "torch has no kernels for bfloat16 products on this CPU " + (
+            "and computes them in a plain loop, 20 times slower or worse: set trainer.precision=fp32, or compile nothing"
+            if compiled
+            else "(no AVX-512): float32 ones compute them, and trainer.precision=fp32 is faster"
         )
     if precision == "bf16":
         worst = max(

@@ -317,6 +317,7 @@ def environment(device: torch.device, processes: int, **more: Any) -> dict[str, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processes": processes,
         "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # a virtual machine may hide some of a processor's
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from data import load_tokenizer, open_source, validation_rows
 from data.errors import UserError
 
 from . import checkpoint
+from .arithmetic import autocast, products
 from .config import RULES
 from .evaluation import Evaluation, evaluate
 from .model import build_model, choose_attention, weight_dtype
@@ -35,10 +37,12 @@ class Saved:
     tokenizer: Any
     precision: str
 
-    @property
-    def autocast(self) -> AbstractContextManager:
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """For forward passes, in the run's precision."""
         device = next(self.model.parameters()).device
-        return torch.autocast(device.type, dtype=torch.bfloat16) if self.precision == "bf16_mixed" else nullcontext()
+        with autocast(device, self.precision), products(device, self.precision):
+            yield
 
 
 def open_saved(cfg: DictConfig) -> Saved:
@@ -153,7 +157,7 @@ def evaluate_saved(cfg: DictConfig) -> Evaluation:
         print(f"rows of {data.length} tokens, where the run had {own}: data.length={own} evaluates at its own length")
     batch_size = cfg.eval.batch_size or saved.cfg.eval.batch_size
     galore_rows = cfg.eval.galore_rows or saved.cfg.eval.galore_rows
-    result = evaluate(saved.model, rows, batch_size, galore_rows, autocast=saved.autocast)
+    result = evaluate(saved.model, rows, batch_size, galore_rows, autocast=saved.computing())
     assert result is not None  # nobody interrupts it
     if not math.isfinite(result.loss):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -11,7 +12,14 @@ import time
 from types import FrameType, TracebackType
 
 # SIGTERM: a launcher, a preempted job, `kill`. SIGINT: Ctrl-C. SIGUSR1: SLURM's --signal=USR1@120, before the time is up.
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+# What is no longer there, rather than what somebody wants: it comes beside another signal, and means no impatience.
+GONE = {
+    getattr(signal, name): what
+    for name, what in (("SIGHUP", "the terminal was closed"), ("SIGUSR2", "the launcher has ended"))
+    if hasattr(signal, name)
+}
+STOPPING = (*ASKING, *GONE)
 # Exit codes of sysexits.h, which no interpreter, shell or launcher uses for something else.
 EXIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong, try again
 LOST_CONTACT = 74  # EX_IOERR: another rank has ended, see launch.py
@@ -26,10 +34,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While entered, the first of ``STOPPING`` only sets ``received``; a second one ends the process at once, unless it is
-    the same again within ``ECHO`` seconds.
+    """While entered, the first of ``STOPPING`` only sets ``received``; a second one of ``ASKING`` ends the process at once,
+    unless it is the same again within ``ECHO`` seconds.
 
-    Python allows signal handlers in the main thread alone: entered in another one, this does nothing.
+    A SIGHUP that is ignored, by nohup, stays so; after one that is not, nothing is written to the terminal any more, because
+    that fails. Python allows signal handlers in the main thread alone: entered in another one, this does nothing.
 
     Attributes:
         received: the name of the first signal, such as SIGTERM, or None.
@@ -37,13 +46,17 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._asked: str | None = None
         self._when = 0.0
         self._before: dict[signal.Signals, object] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
+            self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
             for number in STOPPING:
-                self._before[number] = signal.signal(number, self._receive)
+                if number not in GONE or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
             _follow_launcher()
         return self
 
@@ -56,26 +69,47 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        # os.write and os._exit: a handler may run in the middle of any other write.
-        if self.received is not None:
-            if name == self.received and time.monotonic() < self._when + ECHO:
-                return
-            os.write(2, f"\nsecond signal ({name}): leaving at once\n".encode())
-            os._exit(128 + number)
-        self.received, self._when = name, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"\n{name}: stopping after this step; a second signal leaves at once\n".encode())
+        if number not in GONE:
+            if self._asked is not None:
+                if name == self._asked and time.monotonic() < self._when + ECHO:
+                    return
+                _say(f"second signal ({name}): leaving at once")
+                os._exit(128 + number)
+            self._asked, self._when = name, time.monotonic()
+        if self.received is None:
+            self.received = name
+            if os.environ.get("RANK", "0") == "0":
+                why = f", {GONE[number]}" if number in GONE else "; a second signal leaves at once"
+                _say(f"{name}: stopping after this step{why}")
+        if name == "SIGHUP":
+            self._leave_terminal()
+
+    def _leave_terminal(self) -> None:
+        """Send to nowhere what goes to the terminal: once that is closed, the next line would end the run unsaved."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _say(line: str) -> None:
+    # os.write, and os._exit above: a handler may run in the middle of any other write.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
 
 
 def _follow_launcher() -> None:
-    """Ask Linux for a SIGTERM when `accelerate launch` is gone, which passes no signal on to a single process."""
+    """Ask Linux for a SIGUSR2 when `accelerate launch` is gone, which passes no signal on to a single process.
+
+    Not for one of ``ASKING``: Ctrl-C reaches both processes, and the launcher ends at once.
+    """
     ours = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if ours:
-        end_with_parent()
+    if ours and sys.platform == "linux":
+        end_with_parent(signal.SIGUSR2)
 
 
-def end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the process that started this one is gone."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask Linux for this signal when the process that started this one is gone."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))

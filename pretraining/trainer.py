@@ -35,6 +35,7 @@ from optimizers.base import is_update_time
 from optimizers.sharding import local
 
 from . import checkpoint
+from .arithmetic import autocast, products
 from .curvature import hutchinson, label_gradient
 from .evaluation import Evaluation, evaluate
 from .launch import LostContact, check_launch, check_same_configuration, check_same_data, lost_contact
@@ -340,9 +341,11 @@ class Trainer:
         return torch.compiler.set_stance("force_eager") if self.cfg.trainer.compile else nullcontext()
 
     def autocast(self) -> AbstractContextManager:
-        if self.plan.precision == "bf16_mixed":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast(self.device, self.plan.precision)
+
+    def products(self) -> AbstractContextManager:
+        t = self.cfg.trainer  # compiled code does not let itself be watched
+        return nullcontext() if t.compile or t.compile_optimizer else products(self.device, self.plan.precision)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -545,7 +548,7 @@ class Trainer:
         weight = self.accelerator.num_processes / targets.clamp_min(1)
         for i, (inputs, labels) in enumerate(pieces):
             last = i == len(pieces) - 1
-            with self.parallel.accumulate(self.wrapped, last):
+            with self.parallel.accumulate(self.wrapped, last), self.products():
                 with self.autocast():
                     loss = self.wrapped(*self._on_device((inputs, *real_targets(labels))))
                 if self.layerwise and not self.lag:  # it is the only micro-batch, and now the weights change
@@ -617,7 +620,7 @@ class Trainer:
                 return self.model(**inputs).logits
 
         pieces = self._on_device(tuple(self._pieces(rows)))
-        with self.eager():
+        with self.eager(), self.products():
             found = (hutchinson if common else label_gradient)(logits, pieces, params, generator)
         B = targets.clamp_min(1)
         means = [self._sum(total) / B for total in found]
@@ -684,7 +687,7 @@ class Trainer:
         """The validation loss; None if a signal came meanwhile."""
         self.parallel.wait()
         # Not by the DDP wrapper: its forward passes are counted, and ranks may have unequal numbers.
-        with self.eager(), self.parallel.gathered(self.wrapped):
+        with self.eager(), self.products(), self.parallel.gathered(self.wrapped):
             result = evaluate(
                 self.model,
                 self.validation,
@@ -708,7 +711,7 @@ class Trainer:
         if self.main:
             tqdm.write(f"step {self.done:6,}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
         if self.cfg.trainer.sample_tokens and (self.main or self.parallel.sharded):
-            with self.eager(), self.parallel.gathered(self.wrapped):
+            with self.eager(), self.products(), self.parallel.gathered(self.wrapped):
                 text = write_text(
                     self.model,
                     self.tokenizer,

@@ -22,7 +22,8 @@ from .records import Run, lookup
 from .sides import Side, budget, facts, is_number, last_step, runs_at_once, settings, state, value_text
 from .statistics import RULE, Welch, against_reference, deviation, final_losses, mean
 
-MEASURED = ("device", "cpu", "cores", "threads", "processes")  # hardware that speeds and memory depend on
+# hardware that speeds and memory depend on
+MEASURED = ("device", "cpu", "instructions", "cores", "threads", "processes")
 # What of a source's description says where it lies or how it is stored, not which documents it has.
 STORAGE = ("path", "present", "prepared", "max_tokens")
 VALIDATION_SETTINGS = ("data.rows", "data.length", "data.attention", "data.validation_max_tokens")
@@ -336,7 +337,9 @@ def _about_runs(label: str, side: Side) -> Iterator[str]:
 def _about_speed(a: Side, b: Side) -> Iterator[str]:
     known = [facts(side) for side in (a, b)]
     hardware = [{key: each.get(f"hardware.{key}", []) for key in MEASURED} for each in known]
-    differ = [key for key in MEASURED if hardware[0][key] != hardware[1][key]]
+    # Early records do not tell the CPU's instructions.
+    told = [key for key in MEASURED if key != "instructions" or (hardware[0][key] and hardware[1][key])]
+    differ = [key for key in told if hardware[0][key] != hardware[1][key]]
     if differ:
         yield f"The hardware differs ({', '.join(differ)}): do not compare speeds or memory."
     elif any(len(values) > 1 for values in hardware[0].values()):

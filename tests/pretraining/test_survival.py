@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import pty
 import random
 import shutil
 import signal
@@ -705,6 +706,89 @@ def test_a_launchers_echo_of_a_signal_is_not_a_second_one(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what SLURM has sent to all
         assert signals.received == "SIGTERM"
+
+
+def test_what_is_gone_asks_for_nothing_twice():
+    """A closed terminal and a launcher that has ended come beside what somebody asked for, in any order."""
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == "SIGINT"
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun and sweep.py, which have received it too
+        assert signals.received == "SIGHUP"
+
+
+def test_nohup_keeps_a_run_alive():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Waits until it is asked to stop and `done` says that its launcher or its terminal is gone, then writes what asked.
+WAITING = """
+import os, pathlib, sys, time
+from pretraining.signals import StopSignals
+parent = os.getppid()
+with StopSignals() as signals:
+    print("waiting", flush=True)
+    limit = time.monotonic() + 60
+    while not (signals.received and {done}) and time.monotonic() < limit:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    print("a line that nobody reads", flush=True)
+    print("another one", file=sys.stderr, flush=True)
+    pathlib.Path(sys.argv[1]).write_text(str(signals.received))
+"""
+
+
+def wait_for(file: Path) -> str:
+    limit = time.monotonic() + 60
+    while not (file.is_file() and file.read_text()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return file.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its launcher has ended")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_to_launcher_and_run_alike_lets_the_run_save(tmp_path, name):
+    """Ctrl-C under `accelerate launch` of one process reaches both; the launcher ends at once, and passes nothing on."""
+    launcher = (
+        "import os, subprocess, sys\n"
+        "os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]]).wait()\n"
+    )
+    program = WAITING.format(done="os.getppid() != parent")
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    job = subprocess.Popen(
+        [sys.executable, "-c", launcher, program, str(tmp_path / "asked")],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True,
+    )  # fmt: skip
+    assert job.stdout.readline() == "waiting\n"
+    os.killpg(job.pid, getattr(signal, name))
+    assert job.wait(60) == -getattr(signal, name)
+    assert wait_for(tmp_path / "asked") == name
+    job.stdout.close()
+
+
+def test_a_run_whose_terminal_is_closed_can_still_write_and_save(tmp_path):
+    program = WAITING.format(done="True")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", program, str(tmp_path / "asked")])
+    while b"waiting" not in os.read(terminal, 1000):
+        pass
+    os.close(terminal)  # as when the window or the connection goes
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (tmp_path / "asked").read_text() == "SIGHUP"
 
 
 def test_the_seed_reaches_pythons_and_numpys_generators(tmp_path):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .bfloat16 import widened
+
 if TYPE_CHECKING:
     from .base import Context
 
@@ -289,7 +291,8 @@ def quintic(X: Tensor, steps: int, eps: float) -> Tensor:
         eps: the least Frobenius norm to divide by.
     """
     # Not by vmap, which makes three operations of a product that is added to something.
-    return _orthogonalised(X, steps, eps) if stacked(X) else each(_orthogonalised, X, steps=steps, eps=eps)
+    with widened(X):
+        return _orthogonalised(X, steps, eps) if stacked(X) else each(_orthogonalised, X, steps=steps, eps=eps)
 
 
 def _orthogonalised(X: Tensor, steps: int, eps: float) -> Tensor:

@@ -9,9 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
 from optimizers import MatrixOptimizer, create, describe
+from optimizers.bfloat16 import has_kernels
 from optimizers.memory import state_bytes
 
-from .arithmetic import has_kernels
 from .layerwise import check_layerwise
 from .loss import check_loss
 from .memory import activation_bytes

@@ -1,35 +1,21 @@
-"""Products of bfloat16 matrices on a CPU for which torch has no kernels."""
+"""What a run computes in, on a CPU for whose bfloat16 torch has no kernels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from optimizers.bfloat16 import Widened
 from pretraining import arithmetic, plan
-from pretraining.arithmetic import Widened, products
+from pretraining.arithmetic import products
 from pretraining.config import compose
 from pretraining.restore import evaluate_saved
 from pretraining.trainer import Trainer, make_plan, train
+from tests.optimizers.test_bfloat16 import Seen
 
 from .test_trainer import config, losses
 
 CPU = torch.device("cpu")
-NAMES = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
-
-
-class Seen(TorchDispatchMode):
-    """Collects the dtypes that products are computed in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in NAMES:
-            self.dtypes.add(args[-1].dtype)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -37,51 +23,6 @@ def plain_loop(monkeypatch):
     """As on a CPU with AVX2 alone, whatever this one has."""
     monkeypatch.setattr(arithmetic, "has_kernels", lambda: False)
     monkeypatch.setattr(plan, "has_kernels", lambda: False)
-
-
-def integers(*shape: int) -> Tensor:
-    """Small enough for their products to be exact in float32."""
-    return torch.randint(-9, 10, shape).bfloat16()
-
-
-@pytest.mark.parametrize("name", ["mm", "mm out", "bmm", "addmm", "addmm_", "linear", "matmul"])
-def test_products_are_the_exact_ones_rounded_once(name):
-    torch.manual_seed(0)
-    batch = (3,) if name in ("bmm", "matmul") else ()
-    A, B, C = integers(*batch, 40, 300), integers(*batch, 300, 30), integers(*batch, 40, 30)
-    compute = {
-        "mm": lambda: A.mm(B),
-        "mm out": lambda: torch.mm(A, B, out=torch.zeros_like(C)),
-        "bmm": lambda: A.bmm(B),
-        "addmm": lambda: torch.addmm(C, A, B, beta=2.0, alpha=0.5),
-        "addmm_": lambda: C.clone().addmm_(A, B),
-        "linear": lambda: torch.nn.functional.linear(A, B.mT.contiguous()),
-        "matmul": lambda: A @ B,
-    }[name]
-    exact = A.double() @ B.double()
-    exact = {"addmm": 2 * C + 0.5 * exact, "addmm_": C + exact}.get(name, exact)
-    with Seen() as seen, Widened():
-        found = compute()
-    assert seen.dtypes == {torch.float32}
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, exact.bfloat16())
-
-
-def test_what_is_written_into_is_what_is_returned():
-    A, B, C = integers(4, 5), integers(5, 6), integers(4, 6)
-    before, out = C.clone(), torch.zeros_like(C)
-    with Widened():
-        assert torch.mm(A, B, out=out) is out
-        assert C.addmm_(A, B) is C
-    assert torch.equal(out, A @ B) and torch.equal(C, torch.addmm(before, A, B)) and C.abs().sum() > 0
-
-
-def test_other_dtypes_stay_as_they_are():
-    A, B = torch.randn(4, 5), torch.randn(5, 6)
-    with Seen() as seen, Widened():
-        assert torch.equal(A @ B, A.mm(B))
-        assert (A.double() @ B.double()).dtype == torch.float64
-    assert seen.dtypes == {torch.float32, torch.float64}
 
 
 def test_only_a_cpu_without_kernels_needs_it(plain_loop, monkeypatch):

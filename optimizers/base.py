@@ -217,6 +217,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def compile(self, **options: Any) -> None:
         """Let torch.compile fuse direction and update of the weights, for every shape apart; refreshes stay as they are.
 
+        ``torch.compile(optimizer.step)`` changes nothing: it runs the plain step.
+
         Measure before using it: on two CPU cores it paid for RACS, and for Alice with products=bfloat16
         (docs/performance.md). Rates enter as tensors, so schedules do not compile again; other hyper-parameters are constants
         of the compiled code. The first gradient that has to be scaled (zero, below 1e-5, above 1e5) compiles once more.
@@ -309,6 +311,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what ``closure`` returns."""
+        # torch.compile(optimizer.step) would take one matrix's state for another's of its shape, without a word: the code
+        # that looks a state up is compiled for one parameter, and its guards do not ask which. `compile` is ours.
+        return torch.compiler.disable(self._step)(closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self.owners is None and any(is_sharded(p) for group in self._matrix_groups() for p in group["params"]):
             shard(self)  # weights were divided, and the optimizer given the parts, after it was made (Accelerate)
             return self.step(closure)
@@ -327,7 +334,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "no parameter has a gradient, so nothing was updated: call backward() before step(), and make the optimizer "
                 "after the model was sharded or moved",
-                stacklevel=2,
+                stacklevel=3,
             )
         for group in self.param_groups:
             if group["adam"]:

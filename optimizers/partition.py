@@ -32,8 +32,8 @@ def partition(
 ) -> list[dict[str, Any]]:
     """Parameter groups: the matrices inside the network, and everything else for Adam.
 
-    As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters but
-    embeddings and the output layer; those, norms and biases go to Adam. The output layer is the one that
+    As in the paper, the matrix method gets the attention and MLP weights, that is all 2-D parameters with more than one
+    row and column but embeddings and the output layer; those, norms and biases go to Adam. The output layer is the one that
     ``get_output_embeddings`` returns, or that is named so, or the only matrix of an embedding's shape outside numbered
     blocks. Frozen parameters are left out, shared ones appear once (an output layer that shares the embedding's weight
     is an embedding). Weights of three dimensions, as experts that are stored together, go to Adam with a warning, unless
@@ -83,7 +83,7 @@ def partition(
             return False
         if matrices:
             return any(re.search(pattern, name) for pattern in matrices)
-        if name.endswith("bias"):  # of experts that are stored together, a row each
+        if name.endswith("bias") or min(p.shape) == 1:  # of experts stored together, a row each; a gate, a magnitude
             return False
         return id(p) not in embeddings and (p is not output or last_layer == "candidate")
 

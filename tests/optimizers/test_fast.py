@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import METHODS, RACS, Alice, MatrixOptimizer, base
+from optimizers import METHODS, RACS, Alice, MatrixOptimizer, base, create
 from optimizers.apollo import Apollo
 from optimizers.base import Context
 from optimizers.factored import Factored
@@ -319,6 +319,29 @@ def test_a_step_reads_nothing_from_the_device(name):
 
 
 # Compilation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["racs", "alice", "muon", "adam", "galore", "soap"])
+@pytest.mark.parametrize("shapes", [[(6, 9), (6, 9), (6, 9)], [(6, 9), (9, 4)]], ids=["alike", "unlike"])
+def test_step_by_torch_compile_is_the_plain_one(name, shapes):
+    """As torch's own optimizers are used. Traced, ours would take one matrix's state for another's."""
+    options = {"rank": 3, "update_interval": 3} if name in ("alice", "galore") else {}
+    options |= {"leading": 1} if name == "alice" else {}
+
+    def walked(compiled):
+        torch._dynamo.reset()
+        model = nn.ParameterList([nn.Parameter(torch.zeros(*shape)) for shape in shapes])
+        optimizer = create(name, model, lr=0.01, verbose=False, **options)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            for p in model:
+                p.grad = torch.randn(p.shape, generator=generator)
+            step()
+        return list(model)
+
+    for a, b in zip(walked(True), walked(False), strict=True):
+        assert torch.equal(a, b) and b.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,15 @@ def test_conv1d_of_gpt2_and_position_embeddings():
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(adam)
 
 
+def test_a_vector_that_is_stored_as_a_matrix_goes_to_adam():
+    """Magnitudes of weight_norm [m, 1], gates of shared experts and class tokens [1, n]; unless a pattern asks for them."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 1), nn.Linear(16, 4))
+    matrix, adam = names(partition(model, verbose=False))
+    assert matrix == ["0.parametrizations.weight.original1", "2.weight"]
+    assert {"0.parametrizations.weight.original0", "1.weight"} <= set(adam)
+    assert "1.weight" in names(partition(model, matrices=["weight$"], verbose=False))[0]
+
+
 def with_checkpoints(model):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

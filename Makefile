@@ -25,8 +25,8 @@ SETUP_DEV := @scripts/setup.sh requirements.txt requirements-dev.txt requirement
 .PHONY: help setup train test compare survey bench tables fisher lint wheel sample clean
 
 help:
-	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    about 3 minutes on 2 CPU cores'
-	@echo 'make test      prove the parts                                           about 9 minutes on 2 CPU cores'
+	@echo 'make train     pretrain a small LLaMA with Alice on the embedded text    3 to 7 minutes on 2 CPU cores'
+	@echo 'make test      prove the parts                                           9 to 13 minutes on 2 CPU cores'
 	@echo 'make compare   Adam, Muon, RACS and Alice on grids of rates, one figure  seconds: the records are there;'
 	@echo '               anew: ARGS="--out runs/compare"                           about 2 hours on 2 CPU cores'
 	@echo 'make survey    every method at four pairs of rates, 100 steps each       seconds, or about 2 hours, likewise'

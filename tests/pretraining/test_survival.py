@@ -52,6 +52,17 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return checkpoint._read(path)[0]
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Here and in processes started here, whatever nohup or a shell's & have set."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Eight steps, checkpoints after 2, 4, 6 and 8."""
@@ -722,14 +733,11 @@ def test_what_is_gone_asks_for_nothing_twice():
 
 
 def test_nohup_keeps_a_run_alive():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.received is None
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 # Waits until it is asked to stop and `done` says that its launcher or its terminal is gone, then writes what asked.
